@@ -1,0 +1,1 @@
+"""Data, model and report of the example app ``examples/train.py``."""

@@ -1,0 +1,65 @@
+"""Train a small network on a real data set with full-batch Rprop: the example app, configured by Hydra (``conf/``).
+
+python examples/train.py                                    # digits
+python examples/train.py data=diabetes optimizer.lr=0.05 trainer=ddp_cpu
+python examples/train.py -m optimizer.lr=0.01,0.1           # a sweep
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+if missing := [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]:
+    sys.exit(f"{Path(__file__).name} needs {', '.join(missing)}: pip install 'lightning-rprop[examples]'")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Train, test, and say where everything is; returns the score on the held-out part, for sweepers."""
+    # here, so that --help and the completion of the command line need not wait for torch
+    import lightning.pytorch as pl
+    from tabular.report import SCORE, Report
+
+    pl.seed_everything(cfg.seed)
+    data = instantiate(cfg.data)
+    model = instantiate(
+        cfg.model,
+        in_features=data.in_features,
+        out_features=data.out_features,
+        task=data.task,
+        optimizer=instantiate(cfg.optimizer),
+    )
+    report = Report(data)
+    callbacks = [report, *(instantiate(c) for c in (cfg.callbacks or {}).values())]
+    loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+
+    trainer.fit(model, datamodule=data)
+    held_out = report.history[-1]["val/score"]
+    checkpoint = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else None
+    test = trainer.test(model, datamodule=data, ckpt_path=checkpoint or None, verbose=False)[0]
+
+    if trainer.is_global_zero:
+        picture = Path(cfg.output_dir) / "step_sizes.png"
+        rows = {
+            "data set": data.name,
+            "optimizer": cfg.optimizer._target_,
+            "optimizer steps": trainer.global_step,
+            f"test {SCORE[data.task]}": f"{test['test/score']:.4f}",
+            "test loss": f"{test['test/loss']:.4f}",
+            "logs": ", ".join(logger.log_dir for logger in loggers) or "none",
+            "checkpoint": checkpoint or "none",
+            "picture": picture if report.picture(picture) else "none (no step_size_monitor)",
+        }
+        print("\n".join(f"{name:<16} {value}" for name, value in rows.items()))
+    return held_out
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Hydra structured configs: plain dataclasses, no torch, as Hydra imports this module at the start of every app.
+
+``CONFIGS`` is what any Hydra app finds once the package is installed (``hydra_plugins/lightning_rprop``); the dataclasses
+are also there for apps that compose their own structured configs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Optional, Tuple  # noqa: UP035 (OmegaConf 2.3 reads these forms on every Python that we support)
+
+# An Enum, as OmegaConf 2.3 knows no Literal: a wrong name is then refused at composition, with the list of choices.
+Variant = Enum(
+    "Variant", {"irprop-": "irprop-", "irprop+": "irprop+", "rprop-": "rprop-", "rprop+": "rprop+"}, type=str
+)
+
+
+@dataclass
+class RpropConf:
+    """Config of :class:`lightning_rprop.Rprop`: the same names and defaults, ``params`` left to the call.
+
+    ``_convert_`` keeps OmegaConf's containers out of the optimizer, whose checkpoints would not load otherwise.
+    """
+
+    _target_: str = "lightning_rprop.Rprop"
+    _partial_: bool = True
+    _convert_: str = "all"
+    lr: float = 1e-2
+    etas: Tuple[float, float] = (0.5, 1.2)  # noqa: UP006
+    step_sizes: Tuple[float, float] = (1e-6, 50)  # noqa: UP006
+    variant: Variant = Variant["irprop-"]
+    weight_decay: float = 0.0
+    max_iter: int = 1
+    maximize: bool = False
+    foreach: Optional[bool] = None  # noqa: UP045
+    fused: Optional[bool] = None  # noqa: UP045
+    capturable: bool = False
+    differentiable: bool = False
+
+
+@dataclass
+class StepSizeMonitorConf:
+    """Config of :class:`lightning_rprop.StepSizeMonitor`: the same names and defaults."""
+
+    _target_: str = "lightning_rprop.StepSizeMonitor"
+    _convert_: str = "all"
+    logging_interval: Optional[str] = None  # noqa: UP045
+    every_n_steps: Optional[int] = None  # noqa: UP045
+    statistics: Tuple[str, ...] = ("mean", "min", "max")  # noqa: UP006
+    per_parameter: bool = True
+
+
+# Group and name to content. Callbacks lie under a key of their own, so that an app can list several.
+CONFIGS: Mapping[str, Any] = {
+    "optimizer/rprop": RpropConf,
+    "callbacks/step_size_monitor": {"step_size_monitor": StepSizeMonitorConf},
+}

@@ -1,0 +1,85 @@
+"""The functional form of Rprop, beside the class as in ``torch.optim``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_rprop.optim.dispatch import dispatch
+
+
+def rprop(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    prevs: Sequence[Tensor],
+    step_sizes: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    foreach: bool | None = None,
+    capturable: bool = False,
+    maximize: bool = False,
+    differentiable: bool = False,
+    has_complex: bool = False,
+    *,
+    step_size_min: float,
+    step_size_max: float,
+    etaminus: float,
+    etaplus: float,
+    weight_decay: float = 0.0,
+) -> None:
+    r"""Make one step of Rprop with the given tensors; a drop-in for ``torch.optim.rprop.rprop``.
+
+    Call it under ``torch.no_grad()`` for parameters that require grad, as with the functions of ``torch.optim``. The
+    class :class:`lightning_rprop.Rprop` checks its arguments; this function trusts them.
+
+    Args:
+        params: the parameters, real or complex, of any shape and memory format; modified in place.
+        grads: their gradients, of the same shapes; never written to.
+        prevs: the previous gradients, zeros at first; modified in place.
+        step_sizes: the step size of every weight, in the parameters' unit; modified in place. A complex one holds those
+            of the real and of the imaginary part, which are treated as two weights.
+        state_steps: one counter (a tensor of one element) for each parameter; modified in place.
+        foreach: whether the foreach implementation is used; ``None`` uses it on accelerators (default: ``None``).
+        capturable: whether the step may be captured in a graph; the operations are the same (default: ``False``).
+        maximize: whether to climb instead of descend (default: ``False``).
+        differentiable: whether autograd goes through the step (default: ``False``).
+        has_complex: taken for torch's sake; complex tensors are recognised by their dtype (default: ``False``).
+        step_size_min: the lower bound of the step sizes.
+        step_size_max: the upper bound of the step sizes.
+        etaminus: the factor of a step size after a change of sign.
+        etaplus: the factor of a step size after two gradients of one sign.
+        weight_decay: this times the parameter is added to its gradient (default: 0).
+
+    Raises:
+        RuntimeError: If ``state_steps`` holds something else than tensors.
+    """
+    del capturable, has_complex
+    if not all(isinstance(step, Tensor) for step in state_steps):
+        raise RuntimeError("API has changed, `state_steps` argument must contain a list of singleton tensors")
+    if not params:
+        return
+    torch._foreach_add_(state_steps, 1)
+    for update, tensors in dispatch(
+        [_as_real(t) for t in params],
+        [_as_real(t) for t in grads],
+        [_as_real(t) for t in prevs],
+        [_as_real(t) for t in step_sizes],
+        foreach=foreach,
+        differentiable=differentiable,
+    ):
+        update(
+            *tensors,
+            etaminus=etaminus,
+            etaplus=etaplus,
+            step_size_min=step_size_min,
+            step_size_max=step_size_max,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            differentiable=differentiable,
+        )
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """Give a view of the tensor in which a complex number is two real ones."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -1,0 +1,287 @@
+"""The optimizer class: checks, state, gathering and ``step``; the rule itself stands in ``update.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from lightning_rprop.optim.functional import rprop
+from lightning_rprop.optim.options import LATER_OPTIONS, check_dtypes, check_options
+from lightning_rprop.optim.variants import Variant
+
+# The state of a parameter, with torch.optim.Rprop's keys and meanings.
+_STATE_KEYS = ("step", "prev", "step_size")
+
+
+class Rprop(Optimizer):
+    """Resilient backpropagation: every weight has its own step size, and only the sign of its gradient counts.
+
+    A drop-in for :class:`torch.optim.Rprop`: the same arguments, state and checkpoints, and the same result to the last
+    bit wherever the product of two gradients, which torch takes to compare their signs, neither underflows nor is NaN.
+    The rule is iRprop- (Igel and Huesken 2003), which is what torch's code does; see ``lightning_rprop/optim/update.py``.
+
+    Rprop is made for gradients of the whole data set: the noise of small batches changes their signs.
+
+    Args:
+        params: Parameters to optimize, or dicts that define parameter groups, or ``(name, parameter)`` pairs. Dense, of
+            any shape, memory format and floating-point or complex dtype; a complex weight is two real ones.
+        lr: Initial step size of every weight, in the weights' unit; a number, or a tensor of one element. Read when a
+            parameter gets its first gradient, hence a learning rate scheduler has no effect on it afterwards.
+        etas: Pair (etaminus, etaplus): the factor of a step size after a change of sign, and after two equal signs.
+        step_sizes: Pair (min, max): the bounds of every step size, in the weights' unit.
+        variant: Rule of the Rprop family: ``"irprop-"``; the other three are not implemented yet.
+        weight_decay: This times the weight is added to its gradient before the sign is taken (coupled, L2).
+        max_iter: How often one ``step(closure)`` evaluates the closure and moves: 1; more is not implemented yet.
+        maximize: Whether to maximize the objective instead of minimizing it.
+        foreach: Whether to use the foreach implementation; ``None`` uses it for plain tensors on accelerators.
+        fused: Whether to use a fused kernel: ``None`` or ``False``; ``True`` is not implemented yet.
+        capturable: Whether a step may be captured in a CUDA graph; the parameters must be on an accelerator.
+        differentiable: Whether autograd goes through the step.
+
+    Raises:
+        ValueError: If an argument is out of its range, also in a parameter group of its own.
+        TypeError: If an argument has the wrong type.
+        NotImplementedError: If an argument asks for what is not there yet.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> optimizer = Rprop([weight], lr=0.1)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     weight.square().sum().backward()
+        ...     optimizer.step()
+        >>> weight
+        Parameter containing:
+        tensor([ 0.7800, -1.7800], requires_grad=True)
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50),
+        *,
+        variant: Variant = "irprop-",
+        weight_decay: float = 0.0,
+        max_iter: int = 1,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "etas": etas,
+            "step_sizes": step_sizes,
+            "variant": variant,
+            "weight_decay": weight_decay,
+            "max_iter": max_iter,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, check_options(options))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, whose own options are checked like the constructor's.
+
+        Args:
+            param_group: ``"params"`` and any options that differ from the optimizer's; unknown keys are kept.
+
+        Raises:
+            ValueError: As the constructor, or as ``torch.optim.Optimizer.add_param_group``; nothing is added then.
+            TypeError: Likewise.
+        """
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])  # it may be an iterator, and is read twice
+        if isinstance(param_group, dict):
+            options = check_options({**self.defaults, **param_group})
+            given = [param_group["params"]] if isinstance(param_group["params"], Tensor) else param_group["params"]
+            named = [p if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(given)]
+            check_dtypes(options, ((name, p) for name, p in named if isinstance(p, Tensor)))
+            param_group.update(options)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a pickled optimizer or a loaded state, of this class or of ``torch.optim.Rprop``, once it is checked."""
+        state = dict(state)
+        if "defaults" in state:
+            state["defaults"] = check_options({**LATER_OPTIONS, **state["defaults"]})
+        # what the saved groups do not say stays as this optimizer's user asked
+        own = self.__dict__.get("param_groups") or [LATER_OPTIONS] * len(state["param_groups"])
+        for i, (group, own_group) in enumerate(zip(state["param_groups"], own, strict=True)):
+            if absent := {"lr", "etas", "step_sizes"} - group.keys():
+                raise ValueError(
+                    f"parameter group {i} of the state has no {', '.join(sorted(absent))}: it was not saved by Rprop"
+                )
+            group.update(check_options({name: own_group[name] for name in LATER_OPTIONS} | group))
+            check_dtypes(group, _named(group, i))
+            for name, param in _named(group, i):
+                if param_state := state["state"].get(param):
+                    _check_state(name, param, param_state)
+                    if not isinstance(param_state["step"], Tensor):
+                        param_state["step"] = _counter(param, group["capturable"]).fill_(float(param_state["step"]))
+        super().__setstate__(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of ``torch.optim.Rprop``; options that it does not hold stay as they are.
+
+        Args:
+            state_dict: What ``state_dict()`` returned; its tensors are copied.
+
+        Raises:
+            ValueError: If the state does not fit, naming the first parameter that it does not fit; nothing is changed
+                then.
+        """
+        # torch hands on the given tensors themselves where dtype and device agree: a later step would write to them
+        copies = {
+            key: {name: v.clone() if isinstance(v, Tensor) else v for name, v in value.items()}
+            if isinstance(value, dict)
+            else value
+            for key, value in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": copies})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Make one step with all parameters that have a gradient.
+
+        Args:
+            closure: Evaluates the model anew and returns the loss.
+
+        Returns:
+            What the closure returned, ``None`` without one.
+
+        Raises:
+            RuntimeError: If a gradient is sparse, or the step cannot be captured in a graph; no parameter has moved then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for i, group in enumerate(self.param_groups):
+            _check_step(group, i)
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            prevs: list[Tensor] = []
+            step_sizes: list[Tensor] = []
+            state_steps: list[Tensor] = []
+            self._init_group(group, params, grads, prevs, step_sizes, state_steps)
+            etaminus, etaplus = group["etas"]
+            step_size_min, step_size_max = group["step_sizes"]
+            with torch.set_grad_enabled(group["differentiable"]):
+                rprop(
+                    params,
+                    grads,
+                    prevs,
+                    step_sizes,
+                    state_steps,
+                    foreach=group["foreach"],
+                    capturable=group["capturable"],
+                    maximize=group["maximize"],
+                    differentiable=group["differentiable"],
+                    step_size_min=step_size_min,
+                    step_size_max=step_size_max,
+                    etaminus=etaminus,
+                    etaplus=etaplus,
+                    weight_decay=group["weight_decay"],
+                )
+        return loss
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        prevs: list[Tensor],
+        step_sizes: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> None:
+        """Fill the lists, and make the state of parameters that have none yet.
+
+        The name and the empty lists are a protocol: torch.compile runs this method of an optimizer once, eagerly, and
+        traces only what follows (torch/_dynamo/variables/optimizer.py).
+        """
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if "step_size" not in state:
+                # made from the parameter: its device, its memory format, its sharding
+                lr = float(group["lr"])
+                state["step"] = _counter(p, group["capturable"])
+                state["prev"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["step_size"] = torch.full_like(
+                    p, complex(lr, lr) if p.is_complex() else lr, memory_format=torch.preserve_format
+                )
+            params.append(p)
+            grads.append(p.grad)
+            prevs.append(state["prev"])
+            step_sizes.append(state["step_size"])
+            state_steps.append(state["step"])
+
+
+def _named(group: dict[str, Any], index: int) -> Iterator[tuple[str, Tensor]]:
+    """Pair the parameters of a group with what an error calls them."""
+    names = group.get("param_names", ())
+    for i, param in enumerate(group["params"]):
+        yield repr(names[i]) if i < len(names) else f"parameter {i} of group {index}", param
+
+
+def _counter(param: Tensor, capturable: bool) -> Tensor:
+    """Make the step counter of a parameter: on its device only for graphs, as there it costs a launch."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.zeros((), dtype=dtype, device=param.device if capturable else "cpu")
+
+
+def _check_state(name: str, param: Tensor, state: dict[str, Any]) -> None:
+    """Refuse a state that is not this parameter's, which torch notices at the first step only, in mid-update."""
+    if absent := [key for key in _STATE_KEYS if key not in state]:
+        raise ValueError(
+            f"the state of {name} has no {', '.join(absent)}, but {', '.join(map(str, state))}: it was not saved by Rprop"
+        )
+    for key in ("prev", "step_size"):
+        if state[key].shape != param.shape or state[key].is_complex() != param.is_complex():
+            raise ValueError(
+                f"the state of {name} does not fit: its {key} is {state[key].dtype} {tuple(state[key].shape)}, the "
+                f"parameter is {param.dtype} {tuple(param.shape)}: was the checkpoint saved from another model?"
+            )
+
+
+def _check_step(group: dict[str, Any], index: int) -> None:
+    """Refuse what would fail half-way through a step."""
+    for name, param in _named(group, index):
+        if param.grad is None:
+            continue
+        if param.grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"Rprop does not support sparse gradients: that of {name} is {param.grad.layout}: use dense ones "
+                "(sparse=False in nn.Embedding), or param.grad = param.grad.to_dense() before the step"
+            )
+        if torch.compiler.is_compiling():
+            continue
+        if group["capturable"] and param.device.type == "cpu":
+            raise RuntimeError(
+                f"If capturable=True, params and state_steps must be on an accelerator, but {name} is on the CPU: "
+                "leave capturable=False"
+            )
+        if param.is_cuda and not group["capturable"] and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "Attempting CUDA graph capture of step() for an instance of Rprop but param_groups' capturable is "
+                "False: pass capturable=True"
+            )

@@ -1,0 +1,72 @@
+"""The rule of iRprop-, for one tensor at a time: the page to read against the paper.
+
+C. Igel and M. Huesken, "Empirical evaluation of the improved Rprop learning algorithms", Neurocomputing 50 (2003),
+105-123; with g the gradient, p the one stored before it, D the step size and s = sign(g) * sign(p):
+
+    s > 0:  D = min(etaplus * D, max);   w -= sign(g) * D;  p = g
+    s < 0:  D = max(etaminus * D, min);  no move;           p = 0, so that the next step does not adapt
+    s = 0:  D stays;                     w -= sign(g) * D;  p = g
+
+``torch.optim.Rprop`` multiplies the gradients to find s; a product underflows where signs do not. Each result here is
+one multiplication, two clamps and one addition away from the state, so that every implementation can agree to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    prevs: Sequence[Tensor],
+    step_sizes: Sequence[Tensor],
+    *,
+    etaminus: float,
+    etaplus: float,
+    step_size_min: float,
+    step_size_max: float,
+    weight_decay: float,
+    maximize: bool,
+    differentiable: bool,
+) -> None:
+    """Make one move, tensor after tensor.
+
+    Args:
+        params: real tensors, modified in place.
+        grads: gradients, each of its parameter's shape; read only.
+        prevs: the previous gradients (0 where the next step must not adapt), modified in place.
+        step_sizes: the step sizes, in the parameters' unit; modified in place.
+        etaminus: factor of a step size after a change of sign.
+        etaplus: factor of a step size after two gradients of one sign.
+        step_size_min: lower bound of every step size.
+        step_size_max: upper bound of every step size.
+        weight_decay: this times the parameter is added to the gradient before its sign is taken.
+        maximize: climb instead of descend.
+        differentiable: keep what autograd needs to go back through this step.
+    """
+    for param, grad, prev, step_size in zip(params, grads, prevs, step_sizes, strict=True):
+        # the gradient of what is minimised (two roundings for the decay: a fused multiply-add would depend on the path)
+        if maximize:
+            grad = -grad
+        if weight_decay != 0:
+            grad = grad + param * weight_decay
+
+        # compare signs; sign(0) = 0, and torch's sign(NaN) = 0 too
+        sign = grad.sign()
+        agreement = sign * prev.sign()
+        flipped = agreement < 0
+
+        # adapt the step size: 1 + etaplus * (-1, 0, 1), cut to [etaminus, etaplus], is (etaminus, 1, etaplus)
+        factor = agreement.mul(etaplus).add_(1).clamp_(etaminus, etaplus)
+        step_size.mul_(factor).clamp_(step_size_min, step_size_max)
+
+        # move, but not where the sign changed (autograd keeps what it multiplied: give it a copy of the live state)
+        move = sign.masked_fill(flipped, 0)
+        param.addcmul_(move, step_size.clone() if differentiable else step_size, value=-1)
+
+        # remember the gradient: 0 where the sign changed, the one before where this one is NaN
+        prev.copy_(torch.where(grad.isnan(), prev, grad).masked_fill_(flipped, 0))
