@@ -1,7 +1,7 @@
 """Hydra structured configs: plain dataclasses, no torch, as Hydra imports this module at the start of every app.
 
-``CONFIGS`` is what any Hydra app finds once the package is installed (``hydra_plugins/lightning_rprop``); the dataclasses
-are also there for apps that compose their own structured configs.
+``CONFIGS`` is what any Hydra app finds once the package is installed (``hydra_plugins/lightning_rprop``); the
+dataclasses are also there for apps that compose their own structured configs.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ REGRESSION = {"diabetes": lambda seed: load_diabetes(return_X_y=True)}
 class WholeSet:
     """An iterable that gives the whole split as one batch, again and again: one full-batch step each.
 
-    Not a ``DataLoader``: there is nothing to collate at every step, and Lightning puts no sampler into it, so that under
-    DDP each rank computes the gradient of all samples.
+    Not a ``DataLoader``: there is nothing to collate at every step, and Lightning puts no sampler into it, so that
+    under DDP each rank computes the gradient of all samples.
     """
 
     def __init__(self, batch: tuple[Tensor, Tensor], times: int = 1) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import lightning.pytorch as pl
 import torch
@@ -16,8 +17,8 @@ class MLP(pl.LightningModule):
     Args:
         in_features: Columns of the input.
         out_features: Classes, or columns of the target.
-        task: ``"classification"`` (cross-entropy; the score is the accuracy) or ``"regression"`` (mean squared error; the
-            score is R^2).
+        task: ``"classification"`` (cross-entropy; the score is the accuracy) or ``"regression"`` (mean squared error;
+            the score is R^2).
         optimizer: Makes the optimizer from the parameters: what ``optimizer=rprop`` instantiates to.
         hidden: Width of each hidden layer.
     """
@@ -36,7 +37,7 @@ class MLP(pl.LightningModule):
         self.optimizer = optimizer
         widths = [in_features, *hidden]
         layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.Tanh()]
         self.net = nn.Sequential(*layers, nn.Linear(widths[-1], out_features))
 

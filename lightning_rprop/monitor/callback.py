@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_rprop.monitor.statistics import STATISTICS, summarize
@@ -20,10 +20,10 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
 class StepSizeMonitor(Callback):
     """Log the step sizes of Rprop: which parameters still learn, and how fast.
 
-    Works with :class:`lightning_rprop.Rprop` and ``torch.optim.Rprop``, in automatic and manual optimization. The values
-    go to every logger of the Trainer, at the step count of Lightning's own values, and to ``trainer.callback_metrics``,
-    where ``EarlyStopping(monitor="step_size/mean")`` and ``ModelCheckpoint`` find them; there they are also refreshed
-    before each validation and at the end of each epoch.
+    Works with :class:`lightning_rprop.Rprop` and ``torch.optim.Rprop``, in automatic and manual optimization. The
+    values go to every logger of the Trainer, at the step count of Lightning's own values, and to
+    ``trainer.callback_metrics``, where ``EarlyStopping(monitor="step_size/mean")`` and ``ModelCheckpoint`` find them;
+    there they are also refreshed before each validation and at the end of each epoch.
 
     Logged, in the parameters' unit:
 
@@ -31,8 +31,8 @@ class StepSizeMonitor(Callback):
     - ``step_size/<parameter name>/mean``, ``.../min``, ``.../max``: over the weights of one parameter.
 
     Args:
-        logging_interval: ``"step"`` logs every ``every_n_steps`` optimizer steps, ``"epoch"`` at the end of each training
-            epoch; ``None`` is ``"step"``.
+        logging_interval: ``"step"`` logs every ``every_n_steps`` optimizer steps, ``"epoch"`` at the end of each
+            training epoch; ``None`` is ``"step"``.
         every_n_steps: Optimizer steps between two records; ``None`` follows ``Trainer(log_every_n_steps=...)``.
         statistics: Which statistics to log: any of ``"mean"``, ``"min"`` and ``"max"``.
         per_parameter: Whether to log each parameter's statistics beside those over all.
@@ -87,7 +87,9 @@ class StepSizeMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log where it is due; at the end of an epoch have the values ready for those who ask then."""
-        interval = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
+        interval = self.every_n_steps
+        if interval is None:
+            interval = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
         stepped = trainer.global_step > self._steps_seen  # not so while gradients accumulate
         self._steps_seen = trainer.global_step
         step = _logged_step(trainer)

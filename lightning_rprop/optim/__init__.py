@@ -1,6 +1,6 @@
 """The optimizer: knows tensors, knows nothing of Lightning or Hydra."""
 
-from lightning_rprop.optim.functional import rprop
-from lightning_rprop.optim.rprop import Rprop
+# binds the function over the module of that name, which stays importable
+from lightning_rprop.optim.rprop import Rprop, rprop
 
 __all__ = ["Rprop", "rprop"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -18,12 +18,12 @@ _FOREACH_DEVICES = frozenset({"cuda", "xpu", "mtia"})
 class Update(Protocol):
     """The signature that all implementations of the rule share."""
 
-    def __call__(
+    def __call__(  # noqa: D102 (update.py says it)
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        prevs: Sequence[Tensor],
-        step_sizes: Sequence[Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+        prevs: list[Tensor],
+        step_sizes: list[Tensor],
         *,
         etaminus: float,
         etaplus: float,
@@ -36,10 +36,10 @@ class Update(Protocol):
 
 
 def dispatch(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    prevs: Sequence[Tensor],
-    step_sizes: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    prevs: list[Tensor],
+    step_sizes: list[Tensor],
     *,
     foreach: bool | None,
     differentiable: bool,
@@ -68,7 +68,7 @@ def dispatch(
     if not foreach or torch.compiler.is_compiling():  # the compiler fuses the plain loop itself, across all tensors
         yield update, [list(column) for column in zip(*rows, strict=True)]
         return
-    # foreach kernels take tensors of one device and dtype; state may have kept another dtype (``module.half()`` in mid-run)
+    # foreach kernels take tensors of one device and dtype; ``module.half()`` in mid-run leaves the state in another
     batches: dict[tuple[torch.device, torch.dtype] | None, list[tuple[Tensor, ...]]] = {}
     for row in rows:
         uniform = len({t.dtype for t in row}) == 1

@@ -1,18 +1,16 @@
-"""The rule of ``update.py`` over lists of tensors: one kernel launch for many of them where a device has such kernels."""
+"""The rule of ``update.py`` over lists of tensors: one launch for many of them where a device has such kernels."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 def update_foreach(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    prevs: Sequence[Tensor],
-    step_sizes: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    prevs: list[Tensor],
+    step_sizes: list[Tensor],
     *,
     etaminus: float,
     etaplus: float,
@@ -27,9 +25,9 @@ def update_foreach(
 
     # the gradient of what is minimised (two roundings for the decay: a fused multiply-add would depend on the path)
     if maximize:
-        grads = torch._foreach_neg(grads)
+        grads = list(torch._foreach_neg(grads))
     if weight_decay != 0:
-        grads = torch._foreach_add(torch._foreach_mul(params, weight_decay), grads)
+        grads = list(torch._foreach_add(torch._foreach_mul(params, weight_decay), grads))
 
     # compare signs; sign(0) = 0, and torch's sign(NaN) = 0 too
     agreements = torch._foreach_sign(grads)

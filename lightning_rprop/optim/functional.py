@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,11 +9,11 @@ from lightning_rprop.optim.dispatch import dispatch
 
 
 def rprop(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    prevs: Sequence[Tensor],
-    step_sizes: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    prevs: list[Tensor],
+    step_sizes: list[Tensor],
+    state_steps: list[Tensor],
     foreach: bool | None = None,
     capturable: bool = False,
     maximize: bool = False,

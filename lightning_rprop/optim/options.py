@@ -119,7 +119,8 @@ def check_dtypes(options: Mapping[str, Any], params: Iterable[tuple[str, Tensor]
             ``etaminus`` so, ``torch.optim.Rprop`` stops training silently), or a step size overflows it.
     """
     etaminus, etaplus = options["etas"]
-    largest = max(float(options["lr"]), options["step_sizes"][1], etaplus)
+    lr = options["lr"].item() if isinstance(options["lr"], Tensor) else options["lr"]
+    largest = max(lr, options["step_sizes"][1], etaplus)
     for name, param in params:
         if not (param.is_floating_point() or param.is_complex()):
             continue
@@ -132,8 +133,9 @@ def check_dtypes(options: Mapping[str, Any], params: Iterable[tuple[str, Tensor]
             )
         if largest > info.max:
             raise ValueError(
-                f"lr, etas and step_sizes must be finite in {param.dtype}, the dtype of {name}, whose largest number is "
-                f"{info.max}: got lr={float(options['lr'])}, etas={options['etas']}, step_sizes={options['step_sizes']}"
+                f"lr, etas and step_sizes must be finite in {param.dtype}, the dtype of {name}, whose largest number "
+                f"is {info.max}: got lr={lr}, etas={options['etas']}, "
+                f"step_sizes={options['step_sizes']}: choose smaller ones, or parameters of a wider dtype"
             )
 
 

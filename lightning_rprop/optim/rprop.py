@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -14,6 +14,8 @@ from lightning_rprop.optim.functional import rprop
 from lightning_rprop.optim.options import LATER_OPTIONS, check_dtypes, check_options
 from lightning_rprop.optim.variants import Variant
 
+__all__ = ["Rprop", "rprop"]
+
 # The state of a parameter, with torch.optim.Rprop's keys and meanings.
 _STATE_KEYS = ("step", "prev", "step_size")
 
@@ -23,7 +25,8 @@ class Rprop(Optimizer):
 
     A drop-in for :class:`torch.optim.Rprop`: the same arguments, state and checkpoints, and the same result to the last
     bit wherever the product of two gradients, which torch takes to compare their signs, neither underflows nor is NaN.
-    The rule is iRprop- (Igel and Huesken 2003), which is what torch's code does; see ``lightning_rprop/optim/update.py``.
+    The rule is iRprop- (Igel and Huesken 2003), which is what torch's code does; ``lightning_rprop/optim/update.py``
+    spells it out.
 
     Rprop is made for gradients of the whole data set: the noise of small batches changes their signs.
 
@@ -106,13 +109,13 @@ class Rprop(Optimizer):
         if isinstance(param_group, dict):
             options = check_options({**self.defaults, **param_group})
             given = [param_group["params"]] if isinstance(param_group["params"], Tensor) else param_group["params"]
-            named = [p if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(given)]
+            named = [p[:2] if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(given)]
             check_dtypes(options, ((name, p) for name, p in named if isinstance(p, Tensor)))
             param_group.update(options)
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a pickled optimizer or a loaded state, of this class or of ``torch.optim.Rprop``, once it is checked."""
+        """Take over a pickled optimizer or a loaded state, ours or ``torch.optim.Rprop``'s, once it is checked."""
         state = dict(state)
         if "defaults" in state:
             state["defaults"] = check_options({**LATER_OPTIONS, **state["defaults"]})
@@ -124,8 +127,9 @@ class Rprop(Optimizer):
                     f"parameter group {i} of the state has no {', '.join(sorted(absent))}: it was not saved by Rprop"
                 )
             group.update(check_options({name: own_group[name] for name in LATER_OPTIONS} | group))
-            check_dtypes(group, _named(group, i))
-            for name, param in _named(group, i):
+            named = [(_name(group, j), param) for j, param in enumerate(group["params"])]
+            check_dtypes(group, named)
+            for name, param in named:
                 if param_state := state["state"].get(param):
                     _check_state(name, param, param_state)
                     if not isinstance(param_state["step"], Tensor):
@@ -167,14 +171,13 @@ class Rprop(Optimizer):
             What the closure returned, ``None`` without one.
 
         Raises:
-            RuntimeError: If a gradient is sparse, or the step cannot be captured in a graph; no parameter has moved then.
+            RuntimeError: If a gradient is sparse, or the step cannot be captured in a graph; nothing has moved then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for i, group in enumerate(self.param_groups):
-            _check_step(group, i)
+        _check_step(self.param_groups)
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
@@ -223,7 +226,7 @@ class Rprop(Optimizer):
             state = self.state[p]
             if "step_size" not in state:
                 # made from the parameter: its device, its memory format, its sharding
-                lr = float(group["lr"])
+                lr = group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"]
                 state["step"] = _counter(p, group["capturable"])
                 state["prev"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["step_size"] = torch.full_like(
@@ -236,11 +239,9 @@ class Rprop(Optimizer):
             state_steps.append(state["step"])
 
 
-def _named(group: dict[str, Any], index: int) -> Iterator[tuple[str, Tensor]]:
-    """Pair the parameters of a group with what an error calls them."""
-    names = group.get("param_names", ())
-    for i, param in enumerate(group["params"]):
-        yield repr(names[i]) if i < len(names) else f"parameter {i} of group {index}", param
+def _name(group: dict[str, Any], index: int) -> str:
+    """Call a parameter by its name, if the optimizer was given names."""
+    return repr(group["param_names"][index]) if "param_names" in group else f"parameter {index}"
 
 
 def _counter(param: Tensor, capturable: bool) -> Tensor:
@@ -253,7 +254,8 @@ def _check_state(name: str, param: Tensor, state: dict[str, Any]) -> None:
     """Refuse a state that is not this parameter's, which torch notices at the first step only, in mid-update."""
     if absent := [key for key in _STATE_KEYS if key not in state]:
         raise ValueError(
-            f"the state of {name} has no {', '.join(absent)}, but {', '.join(map(str, state))}: it was not saved by Rprop"
+            f"the state of {name} has no {', '.join(absent)}, but {', '.join(map(str, state))}: "
+            "it was not saved by Rprop"
         )
     for key in ("prev", "step_size"):
         if state[key].shape != param.shape or state[key].is_complex() != param.is_complex():
@@ -263,25 +265,27 @@ def _check_state(name: str, param: Tensor, state: dict[str, Any]) -> None:
             )
 
 
-def _check_step(group: dict[str, Any], index: int) -> None:
+def _check_step(groups: list[dict[str, Any]]) -> None:
     """Refuse what would fail half-way through a step."""
-    for name, param in _named(group, index):
-        if param.grad is None:
-            continue
-        if param.grad.layout is not torch.strided:
-            raise RuntimeError(
-                f"Rprop does not support sparse gradients: that of {name} is {param.grad.layout}: use dense ones "
-                "(sparse=False in nn.Embedding), or param.grad = param.grad.to_dense() before the step"
-            )
-        if torch.compiler.is_compiling():
-            continue
-        if group["capturable"] and param.device.type == "cpu":
-            raise RuntimeError(
-                f"If capturable=True, params and state_steps must be on an accelerator, but {name} is on the CPU: "
-                "leave capturable=False"
-            )
-        if param.is_cuda and not group["capturable"] and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "Attempting CUDA graph capture of step() for an instance of Rprop but param_groups' capturable is "
-                "False: pass capturable=True"
-            )
+    compiling = torch.compiler.is_compiling()  # the compiler looks after graph capture itself
+    for group in groups:
+        for i, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            if param.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"Rprop does not support sparse gradients: that of {_name(group, i)} is {param.grad.layout}: make "
+                    "it dense (sparse=False in nn.Embedding, or param.grad = param.grad.to_dense() before the step)"
+                )
+            if compiling:
+                continue
+            if group["capturable"] and param.device.type == "cpu":
+                raise RuntimeError(
+                    "If capturable=True, params and state_steps must be on an accelerator, but "
+                    f"{_name(group, i)} is on the CPU: leave capturable=False"
+                )
+            if param.is_cuda and not group["capturable"] and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "Attempting CUDA graph capture of step() for an instance of Rprop but param_groups' capturable is "
+                    "False: pass capturable=True"
+                )

@@ -13,17 +13,15 @@ one multiplication, two clamps and one addition away from the state, so that eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
 def update(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    prevs: Sequence[Tensor],
-    step_sizes: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    prevs: list[Tensor],
+    step_sizes: list[Tensor],
     *,
     etaminus: float,
     etaplus: float,
