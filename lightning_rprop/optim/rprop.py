@@ -104,13 +104,15 @@ class Rprop(Optimizer):
             ValueError: As the constructor, or as ``torch.optim.Optimizer.add_param_group``; nothing is added then.
             TypeError: Likewise.
         """
-        if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
-            param_group["params"] = list(param_group["params"])  # it may be an iterator, and is read twice
         if isinstance(param_group, dict):
-            options = check_options({**self.defaults, **param_group})
-            given = [param_group["params"]] if isinstance(param_group["params"], Tensor) else param_group["params"]
-            named = [p[:2] if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(given)]
-            check_dtypes(options, ((name, p) for name, p in named if isinstance(p, Tensor)))
+            params = param_group["params"]
+            if not isinstance(params, set):  # which torch refuses below
+                params = [params] if isinstance(params, Tensor) else list(params)  # an iterator can be read once only
+            options = check_options({**self.defaults, **param_group, "params": params})
+            named = [
+                (repr(p[0]), p[1]) if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(params)
+            ]
+            check_dtypes(options, [(name, p) for name, p in named if isinstance(p, Tensor)])
             param_group.update(options)
         super().add_param_group(param_group)
 

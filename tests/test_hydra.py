@@ -1,0 +1,212 @@
+"""Discovery by Hydra, in an app that never imports this package: real command lines, in processes of their own."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+from hydra.plugins.plugin import Plugin
+
+APP = """
+import json, sys
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.utils import instantiate
+
+{store}
+
+@hydra.main(version_base="1.3", config_path={config_path!r}, config_name={config_name!r})
+def main(cfg):
+    early = sorted({{"torch", "lightning", "numpy"}} & set(sys.modules))
+    import torch
+    net = torch.nn.Linear(2, 1)
+    optimizer = instantiate(cfg.optimizer)(net.parameters())
+    net(torch.ones(2)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), "state.pt")
+    group = torch.load("state.pt", weights_only=True)["param_groups"][0]
+    group["types"] = {{name: type(value).__name__ for name, value in group.items()}}
+    callbacks = [instantiate(c) for c in cfg.get("callbacks", {{}}).values()]
+    print(json.dumps({{
+        "class": f"{{type(optimizer).__module__}}.{{type(optimizer).__name__}}",
+        "group": group,
+        "early": early,
+        "callbacks": {{type(c).__name__: vars(c) for c in callbacks}},
+    }}, default=str))
+
+main()
+"""
+
+
+@pytest.fixture
+def app(tmp_path):
+    """Write an app and return a function that runs its command line."""
+
+    def write(store="", config=True, files=()):
+        conf = tmp_path / "conf"
+        if config:
+            (conf / "optimizer").mkdir(parents=True)
+            (conf / "config.yaml").write_text("defaults:\n  - optimizer: adam\n  - _self_\n")
+            adam = "_target_: torch.optim.Adam\n_partial_: true\nlr: 0.1\n"
+            (conf / "optimizer" / "adam.yaml").write_text(adam)
+        for name, text in dict(files).items():
+            (conf / name).parent.mkdir(parents=True, exist_ok=True)
+            (conf / name).write_text(text)
+        path, name = ("conf", "config") if config else (None, None)
+        (tmp_path / "app.py").write_text(APP.format(store=store, config_path=path, config_name=name))
+
+        def call(*arguments, fails=False):
+            command = [sys.executable, "app.py", *arguments]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+            assert (done.returncode != 0) == fails, done.stdout + done.stderr
+            return done.stdout + done.stderr if fails or "--" in arguments[0] else done.stdout
+
+        return call
+
+    return write
+
+
+def last_json(output):
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def test_optimizer_is_found_typed_and_plain(app):
+    run = app()
+    seen = last_json(run("optimizer=rprop", "optimizer.lr=0.05", "optimizer.etas=[0.5,1.3]", "optimizer.maximize=true"))
+    assert seen["class"] == "lightning_rprop.optim.rprop.Rprop"
+    assert seen["early"] == []  # nothing of torch before the job
+    group = seen["group"]
+    assert (group["lr"], group["etas"], group["step_sizes"]) == (0.05, [0.5, 1.3], [1e-6, 50.0])
+    assert group["maximize"] is True
+    assert group["variant"] == "irprop-"
+    assert set(group["types"].values()) <= {"float", "int", "bool", "str", "NoneType", "tuple", "list"}
+    assert group["types"]["etas"] == group["types"]["step_sizes"] == "tuple"
+    assert group["types"]["params"] == "list"
+
+
+def test_callback_is_found(app):
+    seen = last_json(
+        app()("optimizer=rprop", "+callbacks=step_size_monitor", "callbacks.step_size_monitor.every_n_steps=3")
+    )
+    monitor = seen["callbacks"]["StepSizeMonitor"]
+    assert (monitor["every_n_steps"], monitor["statistics"], monitor["per_parameter"]) == (
+        3,
+        ["mean", "min", "max"],
+        True,
+    )
+
+
+def test_app_without_config_files(app):
+    run = app(config=False)
+    assert last_json(run("+optimizer=rprop"))["class"] == "lightning_rprop.optim.rprop.Rprop"
+
+
+def test_under_another_package(app):
+    run = app(files={"model/net.yaml": "defaults:\n  - /optimizer@optimizer: rprop\n"})
+    output = run("--cfg", "job", "+model=net", "model.optimizer.lr=0.5")
+    assert "lr: 0.5" in output
+
+
+def test_sweep(app):
+    output = app()("-m", "optimizer=rprop,adam", "optimizer.lr=0.05,0.1")
+    seen = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert [(s["class"].split(".")[-1], s["group"]["lr"]) for s in seen] == [
+        ("Rprop", 0.05), ("Rprop", 0.1), ("Adam", 0.05), ("Adam", 0.1),
+    ]  # fmt: skip
+
+
+def test_help_lists_it(app):
+    output = app()("--help")
+    assert "optimizer: adam, rprop" in output
+    assert "callbacks: step_size_monitor" in output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=abc", ["Value 'abc' of type 'str' could not be converted to Float", "optimizer.lr"]),
+        ("optimizer.lr=null", ["field 'optimizer.lr' is not Optional"]),
+        ("optimizer.variant=foo", ["Invalid value 'foo', expected one of [irprop-, irprop+, rprop-, rprop+]"]),
+        ("optimizer.betas=[1]", ["Key 'betas' not in 'RpropConf'"]),
+        ("optimizer.etas=[a,b]", ["optimizer.etas[0]"]),
+        ("optimizer.maximize=maybe", ["'maybe' is not a valid bool", "optimizer.maximize"]),
+        ("callbacks.step_size_monitor.foo=1", ["Key 'foo' not in 'StepSizeMonitorConf'"]),
+    ],
+)
+def test_bad_override_fails_at_composition(app, override, message):
+    output = app()("optimizer=rprop", "+callbacks=step_size_monitor", override, fails=True)
+    for part in message:
+        assert part in output
+    assert "Traceback" not in output
+
+
+def test_unknown_name_gets_the_list_of_choices(app):
+    output = app()("optimizer=foo", fails=True)
+    assert "Could not find 'optimizer/foo'" in output
+    assert [line.strip() for line in output.splitlines() if line.startswith("\t")][:2] == ["adam", "rprop"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=-1", "ValueError: Invalid learning rate: -1.0: lr is"),
+        ("optimizer.etas=[1.2,0.5]", "ValueError: Invalid eta values: 1.2, 0.5: etas must be"),
+        ("optimizer.etas=[0.5]", "ValueError: Invalid eta values: 0.5: etas must be"),
+        ("optimizer.step_sizes=[50,1e-6]", "ValueError: Invalid step sizes: 50.0, 1e-06: step_sizes must be"),
+        ("optimizer.variant=rprop+", "NotImplementedError: variant='rprop+' is not implemented yet"),
+    ],
+)
+def test_bad_value_fails_in_the_optimizer(app, override, message):
+    assert message in app()("optimizer=rprop", override, fails=True)
+
+
+def test_the_apps_own_file_wins(app):
+    own = "_target_: torch.optim.Rprop\n_partial_: true\nlr: 0.7\nforeach: false\n"
+    run = app(files={"optimizer/rprop.yaml": own})
+    seen = last_json(run("optimizer=rprop", "+callbacks=step_size_monitor"))
+    assert seen["class"] == "torch.optim.rprop.Rprop"
+    assert seen["group"]["lr"] == 0.7
+    assert "StepSizeMonitor" in seen["callbacks"]
+
+
+@pytest.mark.parametrize("config", [True, False], ids=["with files", "without files"])
+def test_the_apps_own_store_entry_wins_and_hides_no_other(app, config):
+    own = {"_target_": "torch.optim.Rprop", "_partial_": True, "lr": 0.7}
+    run = app(store=f"ConfigStore.instance().store(group='optimizer', name='rprop', node={own})", config=config)
+    seen = last_json(run("optimizer=rprop" if config else "+optimizer=rprop", "+callbacks=step_size_monitor"))
+    assert seen["class"] == "torch.optim.rprop.Rprop"
+    assert seen["group"]["lr"] == 0.7
+    assert "StepSizeMonitor" in seen["callbacks"]
+
+
+def test_structured_config_of_the_apps_own(app):
+    store = """
+from dataclasses import dataclass, field
+from lightning_rprop import RpropConf
+
+@dataclass
+class Config:
+    optimizer: RpropConf = field(default_factory=lambda: RpropConf(lr=0.25))
+
+ConfigStore.instance().store(name="config", node=Config)
+"""
+    run = app(store=store, config=False)
+    seen = last_json(run("--config-name", "config", "optimizer.maximize=true"))
+    assert (seen["group"]["lr"], seen["group"]["maximize"], seen["early"]) == (0.25, True, [])
+
+
+def test_entry_points_for_hydra_1_4():
+    plugins = [
+        e.load() for e in entry_points(group="hydra.plugins") if e.value.startswith("hydra_plugins.lightning_rprop")
+    ]
+    assert sorted(p.__name__ for p in plugins) == ["LightningRpropConfigSource", "LightningRpropSearchPath"]
+    assert all(issubclass(p, Plugin) for p in plugins)
+
+
+def test_importing_the_package_imports_no_torch():
+    code = (
+        "import sys, lightning_rprop, lightning_rprop.config; lightning_rprop.RpropConf; dir(lightning_rprop);"
+        "assert not {'torch', 'lightning', 'numpy', 'hydra'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

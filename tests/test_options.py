@@ -1,0 +1,110 @@
+"""What the optimizer refuses, when, and what it says."""
+
+import pickle
+
+import pytest
+import torch
+from cases import BAD, BAD_IN_DTYPE, FROM_CONFIG, GOOD_IN_DTYPE
+
+from lightning_rprop import Rprop
+
+
+def leaf(dtype=torch.float32):
+    return torch.ones(2).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize(("kwargs", "exception", "message"), BAD.values(), ids=BAD)
+def test_bad_argument(kwargs, exception, message):
+    with pytest.raises(exception, match=message):
+        Rprop([leaf()], **kwargs)
+
+
+@pytest.mark.parametrize(("kwargs", "exception", "message"), BAD.values(), ids=BAD)
+def test_arguments_are_checked_before_the_parameters(kwargs, exception, message):
+    with pytest.raises(exception, match=message):
+        Rprop(None, **kwargs)
+
+
+@pytest.mark.parametrize(("kwargs", "exception", "message"), BAD.values(), ids=BAD)
+def test_bad_value_in_a_group(kwargs, exception, message):
+    with pytest.raises(exception, match=message):
+        Rprop([{"params": [leaf()]}, {"params": [leaf()], **kwargs}])
+
+
+@pytest.mark.parametrize(("kwargs", "exception", "message"), BAD.values(), ids=BAD)
+def test_bad_group_in_mid_run_is_not_added(kwargs, exception, message):
+    optimizer = Rprop([leaf()])
+    before = pickle.dumps(optimizer.param_groups)
+    with pytest.raises(exception, match=message):
+        optimizer.add_param_group({"params": [leaf()], **kwargs})
+    assert pickle.dumps(optimizer.param_groups) == before
+
+
+@pytest.mark.parametrize(("kwargs", "dtype", "message"), BAD_IN_DTYPE.values(), ids=BAD_IN_DTYPE)
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+def test_argument_that_means_nothing_in_the_dtype(kwargs, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        Rprop([leaf(torch.float64), leaf(dtype)], **kwargs)
+    optimizer = Rprop([leaf(torch.float64)])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [leaf(dtype)], **kwargs})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="the dtype of 'weight'" if "dtype of" in message else message):
+        Rprop([("weight", leaf(dtype))], **kwargs)
+
+
+@pytest.mark.parametrize(("kwargs", "dtype"), GOOD_IN_DTYPE.values(), ids=GOOD_IN_DTYPE)
+def test_argument_just_inside_the_dtype(kwargs, dtype):
+    p = leaf(dtype)
+    optimizer = Rprop([p], **kwargs)
+    sizes = []
+    for sign in (1, 1, -1):
+        p.grad = torch.full((2,), sign, dtype=dtype)
+        optimizer.step()
+        sizes.append(optimizer.state[p]["step_size"][0].item())
+    assert sizes[0] < sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize(("kwargs", "held"), FROM_CONFIG.values(), ids=FROM_CONFIG)
+def test_groups_hold_plain_python_values(kwargs, held, tmp_path):
+    consumed = {k: list(v) if not isinstance(v, (int, float, str)) and k == "etas" else v for k, v in kwargs.items()}
+    for optimizer in (Rprop([leaf()], **consumed), Rprop([{"params": [leaf()], **consumed}])):
+        group = optimizer.param_groups[0]
+        for name, value in held.items():
+            assert group[name] == value
+            assert type(group[name]) is type(value)
+            assert not isinstance(value, tuple) or all(type(v) is float for v in group[name])
+        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+        assert torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"][0]["etas"] == group["etas"]
+
+
+def test_generator_as_a_pair():
+    assert Rprop([leaf()], etas=(x for x in (0.4, 1.3))).param_groups[0]["etas"] == (0.4, 1.3)
+
+
+def test_unknown_group_keys_are_kept():
+    optimizer = Rprop([{"params": [leaf()], "name": "head", "momentum": 0.9}])
+    assert optimizer.param_groups[0]["name"] == "head"
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("params", "exception", "message"),
+    [
+        (torch.ones(2, requires_grad=True), TypeError, "iterable of Tensors or dicts"),
+        ([], ValueError, "optimizer got an empty parameter list"),
+        ([1.0], TypeError, "optimizer can only optimize Tensors"),
+        ([{"params": {torch.ones(1)}}], TypeError, "optimizer parameters need to be organized in ordered collections"),
+        ([torch.ones(2, requires_grad=True) * 2], ValueError, "can't optimize a non-leaf Tensor"),
+        ([("a", torch.ones(1)), torch.ones(1)], ValueError, "all optimizer params should be with/without names"),
+    ],
+)
+def test_bad_parameters_get_torchs_words(params, exception, message):
+    with pytest.raises(exception, match=message):
+        Rprop(params)
+
+
+def test_a_parameter_in_two_groups():
+    p = leaf()
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        Rprop([{"params": p}, {"params": [p]}])

@@ -1,0 +1,256 @@
+"""What ``step`` does around the rule: closures, hooks, groups, gradients that are not there, autograd, the compiler."""
+
+import pytest
+import torch
+from cases import assert_same, gradients, parameters, proceed, run
+
+from lightning_rprop import Rprop
+
+PATHS = pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+
+
+def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
+    p = torch.tensor([2.0], requires_grad=True)
+    optimizer = Rprop([p], lr=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert loss.item() == 4.0
+    assert p.item() == 1.5
+    assert Rprop([p]).step() is None
+
+
+def test_closure_that_fails_moves_nothing():
+    one = run(Rprop, parameters(torch.float32), 3)
+    before = [p.detach().clone() for p in one.params]
+
+    def closure():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        one.optimizer.step(closure)
+    assert all(torch.equal(p, b) for p, b in zip(one.params, before, strict=True))
+    assert one.optimizer.state[one.params[0]]["step"] == 3
+
+
+def test_step_hooks_run_in_order():
+    p = torch.ones(1, requires_grad=True)
+    p.grad = torch.ones(1)
+    optimizer = Rprop([p])
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(("pre", p.item())))
+    optimizer.register_step_post_hook(lambda *_: seen.append(("post", p.item())))
+    optimizer.step()
+    assert [name for name, _ in seen] == ["pre", "post"]
+    assert seen[0][1] == 1.0
+    assert seen[1][1] < 1.0
+
+
+@PATHS
+@pytest.mark.parametrize("options", [{}, {"maximize": True}, {"weight_decay": 0.1}], ids=str)
+def test_gradients_are_never_written_to(foreach, options):
+    params = parameters(torch.float32) + parameters(torch.complex64)
+    optimizer = Rprop(params, foreach=foreach, **options)
+    for step in range(5):
+        grads = gradients(params, step)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        versions = [g._version for g in grads]
+        optimizer.step()
+        assert [g._version for g in grads] == versions
+        assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+
+
+@PATHS
+def test_parameters_without_gradient_are_left_alone(foreach):
+    runs = []
+    for cls in (Rprop, torch.optim.Rprop):
+        params = parameters(torch.float32)
+        optimizer = cls(params, foreach=foreach)
+        for step in range(12):
+            for i, (p, g) in enumerate(zip(params, gradients(params, step), strict=True)):
+                p.grad = None if (step + i) % 3 == 0 or i == 2 else g
+            optimizer.step()
+        runs.append(run(cls, params, 0))
+        runs[-1].optimizer = optimizer
+    assert runs[0].params[2] not in runs[0].optimizer.state
+    assert_same(*runs)
+
+
+def test_no_gradient_at_all_and_empty_group_are_no_ops():
+    p = torch.ones(1, requires_grad=True)
+    optimizer = Rprop([{"params": [p]}, {"params": []}])
+    optimizer.step()
+    assert p.item() == 1.0
+    assert not optimizer.state
+    Rprop([{"params": []}]).step()
+
+
+@PATHS
+def test_groups_have_their_own_options_and_come_in_mid_run(foreach):
+    runs = []
+    for cls in (Rprop, torch.optim.Rprop):
+        a, b, c = (parameters(torch.float32, seed) for seed in range(3))
+        one = run(
+            cls, [{"params": a, "lr": 0.5, "etas": (0.1, 3.0)}, {"params": b, "maximize": True}], 0, foreach=foreach
+        )
+        one.params = a + b
+        proceed(one, 5, seed=1)
+        one.optimizer.add_param_group({"params": iter(c), "step_sizes": (0.1, 0.2)})
+        one.params = a + b + c
+        runs.append(proceed(one, 10, seed=2))
+    assert_same(*runs)
+    alone = run(Rprop, parameters(torch.float32, 0), 0)
+    assert not torch.equal(runs[0].params[3], proceed(alone, 5, seed=1).params[3])
+
+
+@PATHS
+def test_mixed_dtypes_in_one_group(foreach):
+    kinds = (torch.float32, torch.bfloat16, torch.complex64, torch.float64)
+    ours, theirs = ([p for d in kinds for p in parameters(d)] for _ in range(2))
+    assert_same(run(Rprop, ours, 15, foreach=foreach), run(torch.optim.Rprop, theirs, 15, foreach=foreach))
+
+
+@PATHS
+def test_sparse_gradient_is_refused_before_anything_moves(foreach):
+    params = [torch.ones(2, 2, requires_grad=True) for _ in range(3)]
+    optimizer = Rprop([{"params": params[:1]}, {"params": params[1:]}], foreach=foreach)
+    for p, g in zip(params, (torch.ones(2, 2), torch.ones(2, 2), torch.eye(2).to_sparse()), strict=True):
+        p.grad = g
+    with pytest.raises(RuntimeError, match="Rprop does not support sparse gradients: that of parameter 1 is torch"):
+        optimizer.step()
+    assert all(torch.equal(p, torch.ones(2, 2)) for p in params)
+    assert not optimizer.state
+
+
+def test_capturable_on_the_cpu_is_refused_before_anything_moves():
+    params = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    optimizer = Rprop([{"params": params[:1]}, {"params": params[1:], "capturable": True}])
+    for p in params:
+        p.grad = torch.ones(1)
+    with pytest.raises(RuntimeError, match="If capturable=True, params and state_steps must be on an accelerator, but"):
+        optimizer.step()
+    assert all(p.item() == 1.0 for p in params)
+
+
+def test_gradients_of_another_layout_than_the_parameter():
+    runs = []
+    for cls in (Rprop, torch.optim.Rprop):
+        one = run(cls, [torch.ones(4, 6, requires_grad=True)], 0)
+        for step in range(8):
+            one.params[0].grad = gradients([torch.empty(6, 4)], step)[0].T
+            one.optimizer.step()
+        runs.append(one)
+    assert_same(*runs)
+
+
+def test_conjugated_gradient():
+    p = torch.zeros(3, dtype=torch.complex64, requires_grad=True)
+    p.grad = torch.tensor([1 + 1j, 1 - 1j, -1j]).conj()
+    assert p.grad.is_conj()
+    Rprop([p], lr=0.5).step()
+    assert torch.equal(p.detach(), torch.tensor([-0.5 + 0.5j, -0.5 - 0.5j, -0.5j]))
+
+
+def test_learning_rate_scheduler_acts_on_parameters_seen_later():
+    a, b = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    optimizer = Rprop([a, b], lr=1.0, etas=(0.5, 2.0))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    a.grad = torch.ones(1)
+    optimizer.step()
+    scheduler.step()
+    b.grad = torch.ones(1)
+    optimizer.step()
+    assert a.item() == -3.0
+    assert b.item() == -0.5
+
+
+def test_differentiable_goes_back_through_several_steps():
+    """By hand: w moves by multiples of D0 that only the signs decide, so dw/dw0 = 1 and dw/dD0 is their sum."""
+    w0 = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    step_size0 = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+    w = w0.clone()
+    optimizer = Rprop([w], etas=(0.5, 2.0), differentiable=True)
+    optimizer.state[w] = {"step": torch.tensor(0.0), "prev": torch.zeros_like(w), "step_size": step_size0.clone()}
+    for _ in range(3):
+        (w.grad,) = torch.autograd.grad(w.clone().square().sum(), w, create_graph=True)
+        optimizer.step()
+    # 1 - .5 - 1 -> -.5: flip, no move; 2 - .5 - 1 - 2 -> -1.5; -3 + .5 + 1 + 2 -> .5
+    assert w.tolist() == [-0.5, -1.5, 0.5]
+    w.sum().backward()
+    assert w0.grad.tolist() == [1.0, 1.0, 1.0]
+    assert step_size0.grad.tolist() == [-3.0, -7.0, 7.0]
+
+
+def test_differentiable_equals_the_ordinary_step():
+    ordinary = run(Rprop, parameters(torch.float64), 20)
+    params = [p.clone() for p in parameters(torch.float64)]
+    optimizer = Rprop(params, differentiable=True)
+    for step in range(20):
+        for p, g in zip(params, gradients(params, 1000 + step), strict=True):
+            p.grad = g
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, ordinary.params, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_compiled_step_is_one_graph_and_equal(backend):
+    torch._dynamo.reset()
+    compiled, plain = run(Rprop, parameters(torch.float32), 0), run(Rprop, parameters(torch.float32), 0)
+    step = torch.compile(compiled.optimizer.step, backend=backend, fullgraph=True)
+    for i in range(6):
+        for one in (compiled, plain):
+            for p, g in zip(one.params, gradients(one.params, i), strict=True):
+                p.grad = g
+        step()
+        plain.optimizer.step()
+    assert_same(compiled, plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"foreach": True}, {"capturable": True}], ids=str)
+def test_cuda_equals_cpu(options):
+    gpu, cpu = ([p for d in (torch.float32, torch.bfloat16) for p in parameters(d)] for _ in range(2))
+    gpu = [p.detach().cuda().requires_grad_() for p in gpu]
+    a, b = Rprop(gpu, **options), Rprop(cpu)
+    for step in range(20):
+        for p, q, g in zip(gpu, cpu, gradients(cpu, step), strict=True):
+            p.grad, q.grad = g.cuda(), g
+        a.step()
+        b.step()
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(gpu, cpu, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph_capture():
+    params = [p.detach().cuda().requires_grad_() for p in parameters(torch.float32)]
+    plain = [p.detach().clone().requires_grad_() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    refused = Rprop(params)
+    optimizer, eager = Rprop(params, capturable=True), Rprop(plain)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")  # torch warns of an empty graph
+        with pytest.raises(RuntimeError, match="pass capturable=True"):
+            refused.step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        optimizer.step()  # makes the state
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(10):
+        for p, q, g in zip(params, plain, gradients(plain, step), strict=True):
+            p.grad.copy_(g)
+            q.grad = g.cuda()
+        graph.replay()
+        eager.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))
