@@ -106,7 +106,7 @@ class StepSizeMonitor(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log once an epoch if so asked."""
         if self.logging_interval == "epoch":
-            self._log(trainer, pl_module, _logged_step(trainer))
+            self._log(trainer, pl_module, _logged_step(trainer) - 1)  # the count is one on, once the batches are done
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         metrics = self._measure(trainer, pl_module)

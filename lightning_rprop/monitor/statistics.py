@@ -37,7 +37,7 @@ def summarize(step_sizes: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[
     each = {name: dict(zip(STATISTICS, values[name], strict=True)) for name in step_sizes if name in values}
     if not each:
         return {}, {}
-    sizes = {name: step_sizes[name].numel() for name in each}
+    sizes = {name: step_sizes[name].numel() * (2 if step_sizes[name].is_complex() else 1) for name in each}
     overall = {
         "mean": sum(sizes[name] * row["mean"] for name, row in each.items()) / sum(sizes.values()),
         "min": min(row["min"] for row in each.values()),

@@ -1,0 +1,68 @@
+"""A small LightningModule and its data, for tests that need a Trainer."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+
+
+class Net(pl.LightningModule):
+    """Regression with two layers; ``make`` makes the optimizers from the parameters."""
+
+    def __init__(self, make, manual=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        self.make = make
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch).square().mean()
+        self.log("loss", loss, batch_size=len(batch))
+        if self.automatic_optimization:
+            return loss
+        for optimizer in [self.optimizers()] if not isinstance(self.optimizers(), list) else self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in [self.optimizers()] if not isinstance(self.optimizers(), list) else self.optimizers():
+            optimizer.step()
+        return None
+
+    def configure_optimizers(self):
+        return self.make(self)
+
+
+class ValidatedNet(Net):
+    """The same with a validation, which Lightning warns of where it gets no data for it."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch).square().mean(), batch_size=len(batch))
+
+
+class Batches:
+    """An iterable of ``n`` equal batches, not a DataLoader, so that Lightning has nothing to say about workers."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(0)
+        batch = torch.randn(10, 3, generator=generator)
+        return iter([batch] * self.n)
+
+
+def trainer(tmp_path, callbacks=(), package=pl, **kwargs):
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 3,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": tmp_path,
+        "num_sanity_val_steps": 0,
+    }
+    return package.Trainer(callbacks=list(callbacks), **(defaults | kwargs))
