@@ -36,8 +36,8 @@ def main(cfg: DictConfig) -> float:
         optimizer=instantiate(cfg.optimizer),
     )
     report = Report(data)
-    callbacks = [report, *(instantiate(c) for c in (cfg.callbacks or {}).values())]
-    loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
+    callbacks = [report, *(instantiate(c) for c in (cfg.get("callbacks") or {}).values())]
+    loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
 
     trainer.fit(model, datamodule=data)

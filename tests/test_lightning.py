@@ -1,0 +1,78 @@
+"""The optimizer as the return value of configure_optimizers: fit, checkpoint, resume, several processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lit import Batches, Net, trainer
+
+from lightning_rprop import Rprop
+
+
+def ours(module):
+    return Rprop(module.parameters(), lr=0.1)
+
+
+def torchs(module):
+    return torch.optim.Rprop(module.parameters(), lr=0.1)
+
+
+def weights(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def all_equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(("first", "second"), [(ours, ours), (torchs, ours), (ours, torchs)])
+def test_resumed_run_equals_the_whole_one(first, second, tmp_path):
+    whole, half, resumed = Net(ours), Net(first), Net(second)
+    trainer(tmp_path, max_epochs=8).fit(whole, Batches(3))
+    fit = trainer(tmp_path, max_epochs=4)
+    fit.fit(half, Batches(3))
+    fit.save_checkpoint(tmp_path / "half.ckpt")
+    assert not all_equal(weights(whole), weights(half))
+    trainer(tmp_path, max_epochs=8).fit(resumed, Batches(3), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert all_equal(weights(whole), weights(resumed))
+
+
+def test_automatic_and_manual_optimization_agree(tmp_path):
+    modules = [Net(ours), Net(ours, manual=True), Net(torchs)]
+    for module in modules:
+        trainer(tmp_path).fit(module, Batches(5))
+    assert all_equal(weights(modules[0]), weights(modules[1]))
+    assert all_equal(weights(modules[0]), weights(modules[2]))
+
+
+SCRIPT = """
+import sys
+import torch
+from lit import Batches, Net, trainer
+from lightning_rprop import Rprop, StepSizeMonitor
+
+def make(module):
+    return Rprop(module.parameters(), lr=0.1)
+
+if __name__ == "__main__":
+    processes, strategy, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    fit = trainer(folder, [StepSizeMonitor()], devices=processes, strategy=strategy, max_epochs=10)
+    module = Net(make)
+    fit.fit(module, Batches(5))
+    torch.save(list(module.parameters()), f"{folder}/{strategy}-{fit.global_rank}.pt")
+    print(fit.callback_metrics["step_size/mean"].item())
+"""
+
+
+def test_two_ddp_processes_with_the_same_data_equal_one(tmp_path):
+    """The mean of two equal gradients is exact, so every bit must agree, on both ranks."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for processes, strategy in ((1, "auto"), (2, "ddp")):
+        command = [sys.executable, "script.py", str(processes), strategy, str(tmp_path)]
+        path = {"PYTHONPATH": __file__.rsplit("/", 1)[0]}
+        environment = {**os.environ, **path}
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=180, capture_output=True)
+    alone, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("auto-0", "ddp-0", "ddp-1"))
+    assert all(all_equal(alone, rank) for rank in ranks)

@@ -1,0 +1,65 @@
+"""Every snippet and every command of the README runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+SNIPPETS = {re.match(r"# (\w+\.py)\n", text)[1]: text for language, text in BLOCKS if language == "python"}
+COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+SET_UP = "pip install -c constraints.txt -e '.[{}]' && {}"
+
+
+def run(command, folder):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the snippets, and with what a command finds in a clone."""
+    for name, text in SNIPPETS.items():
+        (tmp_path / name).write_text(text)
+    for name in ("examples", "conf"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def test_every_block_is_known():
+    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+    assert set(SNIPPETS) == {"plain.py", "fit.py", "app.py", "cli.py"}
+    # these two install first: .ci/run runs the lines whole, test_app.py what the first of them starts
+    assert SET_UP.format("examples", "python examples/train.py") in COMMANDS
+    assert SET_UP.format("test", "pytest") in COMMANDS
+
+
+def test_plain_snippet_trains(folder):
+    assert float(run("python plain.py", folder).split()[-1]) < 1e-3
+
+
+def test_lightning_snippet_trains_and_logs(folder):
+    assert run("python fit.py", folder).strip().splitlines()[-1].startswith("tensor(")
+    assert (
+        list(folder.glob("lightning_logs/version_0/events*"))
+        or (folder / "lightning_logs/version_0/metrics.csv").exists()
+    )
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("pip install")])
+def test_command_runs(command, folder):
+    budget = " trainer.max_epochs=2" if "examples/train.py" in command else ""
+    output = run(command + budget, folder)
+    if "app.py" in command:
+        assert "lr: 0.05" in output or "lr: 0.1" in output
+    elif "help" in command:
+        assert "--optimizer.etas" in output
+        assert "initial step size" in output.lower()
+    elif "examples" in command:
+        assert "checkpoint" in output
