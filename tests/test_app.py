@@ -142,6 +142,17 @@ def test_missing_scikit_learn_gets_one_line(tmp_path):
     assert error == "train.py needs sklearn: pip install 'lightning-rprop[examples]'\n"
 
 
+def ends(group, seconds=20):
+    """Whether all processes of the group are gone in that time."""
+    for _ in range(seconds * 10):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @pytest.mark.parametrize("trainer", ["cpu", "ddp_cpu"])
 def test_ctrl_c_ends_it_soon_with_a_whole_checkpoint(trainer, tmp_path):
     command = [*TRAIN, f"trainer={trainer}", "trainer.max_epochs=1000000"]
@@ -159,9 +170,6 @@ def test_ctrl_c_ends_it_soon_with_a_whole_checkpoint(trainer, tmp_path):
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    with pytest.raises(ProcessLookupError):  # soon no process of the job is left
-        for _ in range(100):
-            os.killpg(process.pid, 0)
-            time.sleep(0.2)
+    assert ends(process.pid), "a process of the job is left"
     for checkpoint in tmp_path.glob("outputs/*/*/checkpoints/*"):
         assert torch.load(checkpoint, weights_only=True)["global_step"] > 0
