@@ -130,7 +130,6 @@ FROM_CONFIG = {
         {"lr": 0.5, "step_sizes": (0.25, 4.0), "max_iter": 1},
     ),
     "int": ({"lr": 1, "step_sizes": (0, 50)}, {"lr": 1.0, "step_sizes": (0.0, 50.0)}),
-    "generator": ({"etas": (x for x in (0.4, 1.3))}, {"etas": (0.4, 1.3)}),
     "enum": ({"variant": Enum("V", {"a": "irprop-"}, type=str).a}, {"variant": "irprop-"}),
 }
 

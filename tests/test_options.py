@@ -67,8 +67,7 @@ def test_argument_just_inside_the_dtype(kwargs, dtype):
 
 @pytest.mark.parametrize(("kwargs", "held"), FROM_CONFIG.values(), ids=FROM_CONFIG)
 def test_groups_hold_plain_python_values(kwargs, held, tmp_path):
-    consumed = {k: list(v) if not isinstance(v, (int, float, str)) and k == "etas" else v for k, v in kwargs.items()}
-    for optimizer in (Rprop([leaf()], **consumed), Rprop([{"params": [leaf()], **consumed}])):
+    for optimizer in (Rprop([leaf()], **kwargs), Rprop([{"params": [leaf()], **kwargs}])):
         group = optimizer.param_groups[0]
         for name, value in held.items():
             assert group[name] == value
