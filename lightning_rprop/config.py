@@ -55,5 +55,9 @@ class StepSizeMonitorConf:
 # Group and name to content. Callbacks lie under a key of their own, so that an app can list several.
 CONFIGS: Mapping[str, Any] = {
     "optimizer/rprop": RpropConf,
+    "optimizer/rprop_plus": RpropConf(variant=Variant["rprop+"]),
+    "optimizer/rprop_minus": RpropConf(variant=Variant["rprop-"]),
+    "optimizer/irprop_plus": RpropConf(variant=Variant["irprop+"]),
+    "optimizer/irprop_minus": RpropConf(variant=Variant["irprop-"]),
     "callbacks/step_size_monitor": {"step_size_monitor": StepSizeMonitorConf},
 }

@@ -112,7 +112,10 @@ def test_without_callbacks_and_logger(tmp_path):
             "data=foo",
             "Could not find 'data/foo'\n\nAvailable options in 'data':\n\tbreast_cancer\n\tdiabetes\n\tdigits\n",
         ),
-        ("optimizer=foo", "Could not find 'optimizer/foo'\n\nAvailable options in 'optimizer':\n\trprop\n"),
+        (
+            "optimizer=foo",
+            "Could not find 'optimizer/foo'\n\nAvailable options in 'optimizer':\n\tirprop_minus\n\tirprop_plus\n",
+        ),
         ("optimizer.lr=-1", "ValueError: Invalid learning rate: -1.0: lr is the initial step size"),
         ("optimizer.etas=[1.2,0.5]", "ValueError: Invalid eta values: 1.2, 0.5: etas must be"),
         ("optimizer.step_sizes=[50,1e-6]", "ValueError: Invalid step sizes: 50.0, 1e-06: step_sizes must be"),

@@ -46,7 +46,8 @@ def test_variants():
 
 
 def test_every_config_is_of_a_public_class():
-    assert set(CONFIGS) == {"optimizer/rprop", "callbacks/step_size_monitor"}
+    optimizers = {"rprop", "rprop_plus", "rprop_minus", "irprop_plus", "irprop_minus"}
+    assert set(CONFIGS) == {f"optimizer/{name}" for name in optimizers} | {"callbacks/step_size_monitor"}
     with pytest.raises(AttributeError, match="module 'lightning_rprop' has no attribute 'Rpropp'"):
         lightning_rprop.Rpropp  # noqa: B018
     assert set(lightning_rprop.__all__) <= set(dir(lightning_rprop))

@@ -23,7 +23,7 @@ def main(cfg):
     net = torch.nn.Linear(2, 1)
     optimizer = instantiate(cfg.optimizer)(net.parameters())
     net(torch.ones(2)).sum().backward()
-    optimizer.step()
+    optimizer.step(lambda: 1.0)
     torch.save(optimizer.state_dict(), "state.pt")
     group = torch.load("state.pt", weights_only=True)["param_groups"][0]
     group["types"] = {{name: type(value).__name__ for name, value in group.items()}}
@@ -116,9 +116,20 @@ def test_sweep(app):
     ]  # fmt: skip
 
 
+def test_each_variant_has_a_config_and_can_be_swept(app):
+    run = app()
+    names = "optimizer=rprop_minus,rprop_plus,irprop_minus,irprop_plus"
+    variants = "optimizer.variant=rprop-,rprop+,irprop-,irprop+"
+    for output in (run("-m", names), run("-m", "optimizer=rprop", variants)):
+        seen = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        assert [s["group"]["variant"] for s in seen] == ["rprop-", "rprop+", "irprop-", "irprop+"]
+        assert {s["class"] for s in seen} == {"lightning_rprop.optim.rprop.Rprop"}
+        assert {s["group"]["types"]["variant"] for s in seen} == {"str"}
+
+
 def test_help_lists_it(app):
     output = app()("--help")
-    assert "optimizer: adam, rprop" in output
+    assert "optimizer: adam, irprop_minus, irprop_plus, rprop, rprop_minus, rprop_plus" in output
     assert "callbacks: step_size_monitor" in output
 
 
@@ -144,7 +155,9 @@ def test_bad_override_fails_at_composition(app, override, message):
 def test_unknown_name_gets_the_list_of_choices(app):
     output = app()("optimizer=foo", fails=True)
     assert "Could not find 'optimizer/foo'" in output
-    assert [line.strip() for line in output.splitlines() if line.startswith("\t")][:2] == ["adam", "rprop"]
+    assert [line.strip() for line in output.splitlines() if line.startswith("\t")][:6] == [
+        "adam", "irprop_minus", "irprop_plus", "rprop", "rprop_minus", "rprop_plus"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -154,7 +167,6 @@ def test_unknown_name_gets_the_list_of_choices(app):
         ("optimizer.etas=[1.2,0.5]", "ValueError: Invalid eta values: 1.2, 0.5: etas must be"),
         ("optimizer.etas=[0.5]", "ValueError: Invalid eta values: 0.5: etas must be"),
         ("optimizer.step_sizes=[50,1e-6]", "ValueError: Invalid step sizes: 50.0, 1e-06: step_sizes must be"),
-        ("optimizer.variant=rprop+", "NotImplementedError: variant='rprop+' is not implemented yet"),
     ],
 )
 def test_bad_value_fails_in_the_optimizer(app, override, message):

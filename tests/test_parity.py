@@ -36,15 +36,15 @@ def test_the_default_path_is_one_of_the_two():
 # The ways in which public implementations go wrong: what to change in the source, and to what.
 MUTANTS = {
     update: {
-        "no zeroing after a flip": (".masked_fill_(flipped, 0))", ")"),
-        "moves at a flip": ("sign.masked_fill(flipped, 0)", "sign"),
+        "no zeroing after a flip": ("grad.masked_fill_(flipped, 0) if forget else grad", "grad"),
+        "moves at a flip": ("if forget and take_back is not True:", "if False:"),
         "one step stale": ("sign = grad.sign()", "sign = prev.sign()"),
         "zero product is a flip": ("flipped = agreement < 0", "flipped = agreement <= 0"),
         "zero product grows the step": (
             "agreement = sign * prev.sign()",
             "agreement = (sign * prev.sign() + 0.5).sign()",
         ),
-        "step adapted after the move": ("step_size.clone() if differentiable else step_size,", "before,"),
+        "step adapted after the move": ("sign, distance,", "sign, before,"),
         "first move not lr": (
             "agreement = sign * prev.sign()",
             "agreement = sign * torch.where(prev == 0, sign, prev).sign()",
@@ -54,12 +54,9 @@ MUTANTS = {
         "maximize forgotten": ("if maximize:", "if False:"),
     },
     foreach: {
-        "no zeroing after a flip": (
-            "torch.where(k.isnan(), prev, k) for k, prev in zip(kept,",
-            "g for g, prev in zip(grads,",
-        ),
-        "moves at a flip": ("torch._foreach_sign(kept)", "torch._foreach_sign(grads)"),
-        "one step stale": ("torch._foreach_sign(kept)", "torch._foreach_sign(prevs)"),
+        "no zeroing after a flip": ("    if forget:\n", "    if False:\n"),
+        "moves at a flip": ("if forget and take_back is not True:", "if False:"),
+        "one step stale": ("signs = list(torch._foreach_sign(grads))", "signs = list(torch._foreach_sign(prevs))"),
         "zero product is a flip": ("agreement < 0", "agreement <= 0"),
         "factors swapped": ("torch._foreach_mul(agreements, etaplus)", "torch._foreach_mul(agreements, -etaplus)"),
         "no upper bound": ("torch._foreach_clamp_max_(step_sizes, step_size_max)", "pass"),
@@ -78,7 +75,7 @@ def test_a_wrong_rule_does_not_pass(module, mutation, monkeypatch):
     source = inspect.getsource(module)
     assert source.count(old) == 1, "the mutation no longer fits the source"
     source = source.replace(old, new)
-    if new == "before,":
+    if new == "sign, before,":
         source = source.replace(
             "        # compare signs", "        before = step_size.clone()\n        # compare signs", 1
         )

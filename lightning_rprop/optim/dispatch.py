@@ -31,6 +31,8 @@ class Update(Protocol):
         step_size_max: float,
         weight_decay: float,
         maximize: bool,
+        forget: bool,
+        take_back: bool | Tensor,
         differentiable: bool,
     ) -> None: ...
 

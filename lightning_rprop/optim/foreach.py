@@ -1,4 +1,4 @@
-"""The rule of ``update.py`` over lists of tensors: one launch for many of them where a device has such kernels."""
+"""The rules of ``update.py`` over lists of tensors: one launch for many of them where a device has such kernels."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def update_foreach(
     step_size_max: float,
     weight_decay: float,
     maximize: bool,
+    forget: bool,
+    take_back: bool | Tensor,
     differentiable: bool,
 ) -> None:
     """Make one move with all tensors at once; arguments as in :func:`lightning_rprop.optim.update.update`."""
@@ -30,8 +32,8 @@ def update_foreach(
         grads = list(torch._foreach_add(torch._foreach_mul(params, weight_decay), grads))
 
     # compare signs; sign(0) = 0, and torch's sign(NaN) = 0 too
-    agreements = torch._foreach_sign(grads)
-    torch._foreach_mul_(agreements, torch._foreach_sign(prevs))
+    signs = list(torch._foreach_sign(grads))
+    agreements = torch._foreach_mul(signs, torch._foreach_sign(prevs))
     flipped = [agreement < 0 for agreement in agreements]
 
     # adapt the step size: 1 + etaplus * (-1, 0, 1), cut to [etaminus, etaplus], is (etaminus, 1, etaplus)
@@ -39,13 +41,23 @@ def update_foreach(
     torch._foreach_add_(factors, 1)
     torch._foreach_clamp_min_(factors, etaminus)
     torch._foreach_clamp_max_(factors, etaplus)
+    lasts = step_sizes if take_back is False else [step_size.clone() for step_size in step_sizes]
     torch._foreach_mul_(step_sizes, factors)
     torch._foreach_clamp_min_(step_sizes, step_size_min)
     torch._foreach_clamp_max_(step_sizes, step_size_max)
 
-    # move, but not where the sign changed
-    kept = [grad.masked_fill(flip, 0) for grad, flip in zip(grads, flipped, strict=True)]
-    torch._foreach_addcmul_(params, torch._foreach_sign(kept), step_sizes, value=-1)
+    # move; where the sign changed back by the last step size, or not at all
+    distances = step_sizes
+    if take_back is not False:
+        distances = [torch.where(*row) for row in zip(flipped, lasts, step_sizes, strict=True)]
+    if forget and take_back is not True:
+        for sign, flip in zip(signs, flipped, strict=True):
+            sign.masked_fill_(flip if take_back is False else flip & ~take_back.to(flip.device), 0)
+    torch._foreach_addcmul_(params, signs, distances, value=-1)
 
     # remember the gradient: 0 where the sign changed, the one before where this one is NaN
-    torch._foreach_copy_(prevs, [torch.where(k.isnan(), prev, k) for k, prev in zip(kept, prevs, strict=True)])
+    kept = [torch.where(grad.isnan(), prev, grad) for grad, prev in zip(grads, prevs, strict=True)]
+    if forget:
+        for grad, flip in zip(kept, flipped, strict=True):
+            grad.masked_fill_(flip, 0)
+    torch._foreach_copy_(prevs, kept)

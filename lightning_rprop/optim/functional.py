@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_rprop.optim.dispatch import dispatch
+from lightning_rprop.optim.variants import AT_FLIP
 
 
 def rprop(
@@ -25,6 +26,8 @@ def rprop(
     etaminus: float,
     etaplus: float,
     weight_decay: float = 0.0,
+    variant: str = "irprop-",
+    loss_rose: bool | Tensor = False,
 ) -> None:
     r"""Make one step of Rprop with the given tensors; a drop-in for ``torch.optim.rprop.rprop``.
 
@@ -48,6 +51,9 @@ def rprop(
         etaminus: the factor of a step size after a change of sign.
         etaplus: the factor of a step size after two gradients of one sign.
         weight_decay: this times the parameter is added to its gradient (default: 0).
+        variant: the rule, one of ``"irprop-"``, ``"irprop+"``, ``"rprop-"``, ``"rprop+"`` (default: ``"irprop-"``).
+        loss_rose: for ``"irprop+"``, whether the loss is worse than at the call before; a bool, or a bool tensor of one
+            element, which is not brought to the host (default: ``False``).
 
     Raises:
         RuntimeError: If ``state_steps`` holds something else than tensors.
@@ -57,6 +63,7 @@ def rprop(
         raise RuntimeError("API has changed, `state_steps` argument must contain a list of singleton tensors")
     if not params:
         return
+    forget, take_back = AT_FLIP[variant]
     torch._foreach_add_(state_steps, 1)
     for update, tensors in dispatch(
         [_as_real(t) for t in params],
@@ -74,6 +81,8 @@ def rprop(
             step_size_max=step_size_max,
             weight_decay=weight_decay,
             maximize=maximize,
+            forget=forget,
+            take_back=loss_rose if take_back is None else take_back,
             differentiable=differentiable,
         )
 

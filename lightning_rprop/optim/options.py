@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_rprop.optim.variants import Variant
+from lightning_rprop.optim.variants import AT_FLIP
 
 # What a group holds that was pickled before an option existed, or by torch.optim.Rprop.
 LATER_OPTIONS: Mapping[str, Any] = {
@@ -80,10 +80,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
     variant = options["variant"]
     checked["variant"] = variant = variant.value if isinstance(variant, Enum) else variant
-    if variant not in get_args(Variant):
-        raise ValueError(f"Invalid variant: {variant!r}: variant must be one of {', '.join(get_args(Variant))}")
-    if variant != "irprop-":
-        raise NotImplementedError(f"variant={variant!r} is not implemented yet: use variant='irprop-'")
+    if variant not in AT_FLIP:
+        raise ValueError(f"Invalid variant: {variant!r}: variant must be one of {', '.join(AT_FLIP)}")
 
     max_iter = options["max_iter"]
     if not isinstance(max_iter, Integral) or isinstance(max_iter, bool):
@@ -91,10 +89,6 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     checked["max_iter"] = max_iter = int(max_iter)
     if max_iter < 1:
         raise ValueError(f"Invalid max_iter value: {max_iter}: max_iter must be an integer >= 1; 1 is one move a step")
-    if max_iter != 1:
-        raise NotImplementedError(
-            f"max_iter={max_iter} is not implemented yet: use max_iter=1 and call step() more often"
-        )
 
     for name in ("maximize", "foreach", "fused", "capturable", "differentiable"):
         choices = (True, False, None) if name in ("foreach", "fused") else (True, False)

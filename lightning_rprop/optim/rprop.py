@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
+from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -12,11 +14,12 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_rprop.optim.functional import rprop
 from lightning_rprop.optim.options import LATER_OPTIONS, check_dtypes, check_options
-from lightning_rprop.optim.variants import Variant
+from lightning_rprop.optim.variants import AT_FLIP, Variant
 
 __all__ = ["Rprop", "rprop"]
 
-# The state of a parameter, with torch.optim.Rprop's keys and meanings.
+# The state of a parameter, with torch.optim.Rprop's keys and meanings. For iRprop+ there is a fourth, "prev_loss": the
+# loss of the call before, one tensor that all parameters share; it is here to travel in every kind of checkpoint.
 _STATE_KEYS = ("step", "prev", "step_size")
 
 
@@ -25,8 +28,8 @@ class Rprop(Optimizer):
 
     A drop-in for :class:`torch.optim.Rprop`: the same arguments, state and checkpoints, and the same result to the last
     bit wherever the product of two gradients, which torch takes to compare their signs, neither underflows nor is NaN.
-    The rule is iRprop- (Igel and Huesken 2003), which is what torch's code does; ``lightning_rprop/optim/update.py``
-    spells it out.
+    The default rule is iRprop- (Igel and Huesken 2003), which is what torch's code does;
+    ``lightning_rprop/optim/update.py`` spells out all four.
 
     Rprop is made for gradients of the whole data set: the noise of small batches changes their signs.
 
@@ -37,9 +40,13 @@ class Rprop(Optimizer):
             parameter gets its first gradient, hence a learning rate scheduler has no effect on it afterwards.
         etas: Pair (etaminus, etaplus): the factor of a step size after a change of sign, and after two equal signs.
         step_sizes: Pair (min, max): the bounds of every step size, in the weights' unit.
-        variant: Rule of the Rprop family: ``"irprop-"``; the other three are not implemented yet.
+        variant: Rule of the family, ``"irprop-"``, ``"irprop+"``, ``"rprop-"`` or ``"rprop+"``: what a weight does when
+            its gradient changes sign. It stays (irprop-); it takes back its last move if the loss rose, else stays
+            (irprop+, which needs the loss, see :meth:`step`); it moves on (rprop-); it takes back its move (rprop+).
         weight_decay: This times the weight is added to its gradient before the sign is taken (coupled, L2).
-        max_iter: How often one ``step(closure)`` evaluates the closure and moves: 1; more is not implemented yet.
+        max_iter: How often one ``step(closure)`` evaluates the closure and moves, as in :class:`torch.optim.LBFGS`; one
+            value for all groups. More than 1 spares a training loop's work between steps; the closure must zero the
+            gradients, which excludes gradient accumulation and ``torch.amp.GradScaler``.
         maximize: Whether to maximize the objective instead of minimizing it.
         foreach: Whether to use the foreach implementation; ``None`` uses it for plain tensors on accelerators.
         fused: Whether to use a fused kernel: ``None`` or ``False``; ``True`` is not implemented yet.
@@ -109,6 +116,11 @@ class Rprop(Optimizer):
             if not isinstance(params, set):  # which torch refuses below
                 params = [params] if isinstance(params, Tensor) else list(params)  # an iterator can be read once only
             options = check_options({**self.defaults, **param_group, "params": params})
+            if self.param_groups and options["max_iter"] != self.param_groups[0]["max_iter"]:
+                raise ValueError(
+                    f"max_iter must be the same in all parameter groups, got {options['max_iter']} after "
+                    f"{self.param_groups[0]['max_iter']}: give it to the optimizer alone"
+                )
             named = [
                 (repr(p[0]), p[1]) if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(params)
             ]
@@ -156,30 +168,81 @@ class Rprop(Optimizer):
             for key, value in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": copies})
+        # torch casts all but "step" to the parameter's dtype, in which a loss would lose its digits
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, param in zip(saved, params, strict=True):
+            if "prev_loss" in copies.get(key, ()):
+                self.state[param]["prev_loss"] = copies[key]["prev_loss"].to(param.device)
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, loss: float | Tensor | None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], *, loss: float | Tensor | None = None) -> float: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step with all parameters that have a gradient.
+    def step(self, closure: Callable[[], float] | None = None, *, loss: float | Tensor | None = None) -> float | None:
+        """Make a step, or ``max_iter`` of them, with all parameters that have a gradient.
 
         Args:
-            closure: Evaluates the model anew and returns the loss.
+            closure: Zeroes the gradients, evaluates the model anew, calls ``backward`` and returns the loss.
+            loss: The loss that the gradients are of, for loops that call ``backward`` themselves; a tensor of one
+                element is not brought to the host. Only iRprop+ looks at it, and prefers it to the closure's.
 
         Returns:
-            What the closure returned, ``None`` without one.
+            What the closure returned first, ``None`` without one.
 
         Raises:
-            RuntimeError: If a gradient is sparse, or the step cannot be captured in a graph; nothing has moved then.
+            RuntimeError: If a gradient is sparse, if the step cannot be captured in a graph, if iRprop+ got no loss, or
+                if ``max_iter`` is more than 1 and the closure is missing or does not zero the gradients; nothing has
+                moved then.
+            ValueError: If iRprop+ got something else than one number; nothing has moved then.
         """
-        loss = None
-        if closure is not None:
+        max_iter = self.param_groups[0]["max_iter"]
+        if max_iter > 1 and (closure is None or loss is not None):
+            raise RuntimeError(
+                f"max_iter={max_iter} evaluates a closure that often: call step(closure), without loss=. "
+                "Where no closure comes through, as under torch.amp.GradScaler, use max_iter=1"
+            )
+        if closure is None:
+            self._move(loss)
+            return None
+        with torch.enable_grad():
+            first = closure() if max_iter == 1 else self._evaluate_checked(closure)
+        self._move(first if loss is None else loss)
+        for _ in range(max_iter - 1):
             with torch.enable_grad():
-                loss = closure()
-        _check_step(self.param_groups)
+                again = closure()
+            self._move(again)
+        return first
+
+    def _evaluate_checked(self, closure: Callable[[], float]) -> float:
+        """Evaluate a closure that must make the gradients anew, and refuse one that does not.
+
+        A gradient of NaN is put in its way: a closure that accumulates adds to it, one that does nothing leaves it.
+        """
+        candidates = [p for group in self.param_groups for p in group["params"] if p.numel() > 0]
+        if not candidates:
+            return closure()
+        param = min(candidates, key=Tensor.numel)
+        grad, marker = param.grad, torch.full_like(param, torch.nan, requires_grad=False)
+        param.grad = marker
+        try:
+            loss = closure()
+            if param.grad is marker and bool(marker.isnan().all()):
+                raise RuntimeError(
+                    f"max_iter={self.param_groups[0]['max_iter']} evaluates the closure anew, but it did not zero the "
+                    "gradients: let it call zero_grad() and backward(), as for torch.optim.LBFGS. With gradient "
+                    "accumulation, and in manual optimization, use max_iter=1"
+                )
+        except BaseException:
+            param.grad = grad
+            raise
+        return loss
+
+    def _move(self, loss: float | Tensor | None) -> None:
+        """Move every parameter that has a gradient, once."""
+        _check_step(self.param_groups, loss)
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
@@ -189,6 +252,7 @@ class Rprop(Optimizer):
             self._init_group(group, params, grads, prevs, step_sizes, state_steps)
             etaminus, etaplus = group["etas"]
             step_size_min, step_size_max = group["step_sizes"]
+            loss_rose = AT_FLIP[group["variant"]].take_back is None and self._compare(group, loss)
             with torch.set_grad_enabled(group["differentiable"]):
                 rprop(
                     params,
@@ -205,8 +269,29 @@ class Rprop(Optimizer):
                     etaminus=etaminus,
                     etaplus=etaplus,
                     weight_decay=group["weight_decay"],
+                    variant=group["variant"],
+                    loss_rose=loss_rose,
                 )
-        return loss
+
+    @torch.no_grad()
+    def _compare(self, group: dict[str, Any], loss: float | Tensor | None) -> bool | Tensor:
+        """Tell whether the loss is worse than at the call before, and keep it for the call after.
+
+        All on the loss's device. NaN counts as the worst of all losses, and so does an infinite one.
+        """
+        states = [self.state[p] for p in group["params"] if p in self.state]
+        if loss is None or not states:
+            return False  # nothing moves
+        now = loss.detach().reshape(()) if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+        worst = -torch.inf if group["maximize"] else torch.inf
+        now = torch.where(now.isnan(), worst, now)
+        before = next((state["prev_loss"] for state in states if "prev_loss" in state), None)
+        before = torch.full_like(now, worst) if before is None else before.to(now.device)
+        rose = (now < before if group["maximize"] else now > before) | (now == worst)
+        kept = before.copy_(now) if before.dtype == now.dtype else now  # in place: a captured graph knows the address
+        for state in states:
+            state["prev_loss"] = kept
+        return rose
 
     def _init_group(
         self,
@@ -267,13 +352,21 @@ def _check_state(name: str, param: Tensor, state: dict[str, Any]) -> None:
             )
 
 
-def _check_step(groups: list[dict[str, Any]]) -> None:
+def _check_step(groups: list[dict[str, Any]], loss: float | Tensor | None) -> None:
     """Refuse what would fail half-way through a step."""
     compiling = torch.compiler.is_compiling()  # the compiler looks after graph capture itself
     for group in groups:
+        needs_loss = AT_FLIP[group["variant"]].take_back is None
         for i, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
+            if needs_loss and loss is None:
+                raise RuntimeError(
+                    "variant='irprop+' compares the loss with that of the step before, but got none: call "
+                    "step(closure) with a closure that returns it, or step(loss=loss)"
+                )
+            if needs_loss and not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
+                raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}")
             if param.grad.layout is not torch.strided:
                 raise RuntimeError(
                     f"Rprop does not support sparse gradients: that of {_name(group, i)} is {param.grad.layout}: make "

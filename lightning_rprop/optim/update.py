@@ -1,11 +1,19 @@
-"""The rule of iRprop-, for one tensor at a time: the page to read against the paper.
+"""The rules of the family, for one tensor at a time: the page to read against the papers.
 
 C. Igel and M. Huesken, "Empirical evaluation of the improved Rprop learning algorithms", Neurocomputing 50 (2003),
 105-123; with g the gradient, p the one stored before it, D the step size and s = sign(g) * sign(p):
 
     s > 0:  D = min(etaplus * D, max);   w -= sign(g) * D;  p = g
-    s < 0:  D = max(etaminus * D, min);  no move;           p = 0, so that the next step does not adapt
     s = 0:  D stays;                     w -= sign(g) * D;  p = g
+    s < 0:  D = max(etaminus * D, min), and
+
+        Rprop-   w -= sign(g) * D                                        p = g
+        Rprop+   w takes back its last move                              p = 0, so that the next step does not adapt
+        iRprop-  w stays                                                 p = 0
+        iRprop+  w takes back its last move if the loss rose, else stays p = 0
+
+The last move of a weight at a flip was made against sign(p) = -sign(g), by the D before it shrank: taking it back is to
+move by that D against sign(g).
 
 ``torch.optim.Rprop`` multiplies the gradients to find s; a product underflows where signs do not. Each result here is
 one multiplication, two clamps and one addition away from the state, so that every implementation can agree to the bit.
@@ -29,6 +37,8 @@ def update(
     step_size_max: float,
     weight_decay: float,
     maximize: bool,
+    forget: bool,
+    take_back: bool | Tensor,
     differentiable: bool,
 ) -> None:
     """Make one move, tensor after tensor.
@@ -44,6 +54,8 @@ def update(
         step_size_max: upper bound of every step size.
         weight_decay: this times the parameter is added to the gradient before its sign is taken.
         maximize: climb instead of descend.
+        forget: at a change of sign store 0 instead of the gradient, and make no ordinary move (variants.py).
+        take_back: where so, undo the last move instead; a bool, or a bool tensor of one element.
         differentiable: keep what autograd needs to go back through this step.
     """
     for param, grad, prev, step_size in zip(params, grads, prevs, step_sizes, strict=True):
@@ -60,11 +72,18 @@ def update(
 
         # adapt the step size: 1 + etaplus * (-1, 0, 1), cut to [etaminus, etaplus], is (etaminus, 1, etaplus)
         factor = agreement.mul(etaplus).add_(1).clamp_(etaminus, etaplus)
+        last = step_size if take_back is False else step_size.clone()
         step_size.mul_(factor).clamp_(step_size_min, step_size_max)
 
-        # move, but not where the sign changed (autograd keeps what it multiplied: give it a copy of the live state)
-        move = sign.masked_fill(flipped, 0)
-        param.addcmul_(move, step_size.clone() if differentiable else step_size, value=-1)
+        # move; where the sign changed back by the last step size, or not at all (autograd keeps what it multiplied:
+        # give it a copy of the live state)
+        distance = step_size.clone() if differentiable else step_size
+        if take_back is not False:
+            distance = torch.where(flipped, last, step_size)
+        if forget and take_back is not True:
+            sign = sign.masked_fill(flipped if take_back is False else flipped & ~take_back.to(flipped.device), 0)
+        param.addcmul_(sign, distance, value=-1)
 
         # remember the gradient: 0 where the sign changed, the one before where this one is NaN
-        prev.copy_(torch.where(grad.isnan(), prev, grad).masked_fill_(flipped, 0))
+        grad = torch.where(grad.isnan(), prev, grad)
+        prev.copy_(grad.masked_fill_(flipped, 0) if forget else grad)

@@ -1,0 +1,569 @@
+"""The four variants: every path equals the scalar twin, on tapes that tell wrong rules apart, and at random."""
+
+import inspect
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import twin as twin_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lit import Batches, Net, trainer
+from twin import ROUND, twin
+
+from lightning_rprop import Rprop
+from lightning_rprop.optim import dispatch, foreach, update
+from lightning_rprop.optim.variants import AT_FLIP
+
+VARIANTS = tuple(AT_FLIP)
+PATHS = pytest.mark.parametrize("path", [{"foreach": False}, {"foreach": True}], ids=["single", "foreach"])
+INF, NAN = math.inf, math.nan
+OPTIONS = {"lr": 0.5, "etas": (0.5, 1.2), "step_sizes": (0.2, 1.0)}
+
+# Gradients and losses by step. A tape without losses has falling ones.
+TAPES = {
+    "no flip": [1, 2, 3, 4, 5, 6],
+    "flips": [1, 1, -1, -1, -1, 1, 1],
+    "flip after flip": [1, -1, 1, -1, -1, 1, -1, 1],
+    "exact zeros": [0, 1, 0, 1, 1, 0, -1, -1, 0, 0, 1, -1],
+    "zero after a flip": [1, 1, -1, 0, -1, 0, 1],
+    "at the upper bound": [1] * 7 + [-1, 1, 1, 1, 1, 1, 1],
+    "at the lower bound": [1, -1] * 7,
+    "negative zero": [-0.0, 1, -0.0, -1, -1, -0.0, 1],
+    "infinities": [INF, INF, -INF, 1, 1, -INF, -1],
+    "tiny": [1e-7, 1e-7, -1e-7, -1e-7, 1e-7, 1e-7, 1e-7],
+    "huge": [3e4, 6e4, -6e4, 6e4, -6e4, -6e4],
+    "NaN": [NAN, 1, NAN, 1, -1, NAN, -1, 1, NAN, NAN, -1],
+    "NaN between a move and its flip": [1, 1, NAN, -1, -1],
+    "loss equal at a flip": [(1, 5), (1, 4), (-1, 4), (-1, 3), (1, 3), (1, 2)],
+    "loss risen at every flip": [(1, 5), (1, 4), (-1, 6), (-1, 5), (1, 7), (1, 8), (-1, 9)],
+    "loss risen against the one before, not against the first": [(1, 9), (1, 2), (-1, 3), (-1, 1), (1, 2), (1, 3)],
+    "loss risen against the best, not against the one before": [(1, 1), (1, 5), (-1, 4), (-1, 6), (1, 5), (1, 2)],
+    "loss risen where nothing flips": [(1, 1), (1, 2), (1, 3), (-1, 2), (-1, 3), (-1, 4)],
+    "loss NaN": [(1, 3), (1, 2), (-1, NAN), (-1, 1), (1, NAN), (1, NAN), (-1, 5), (-1, 4), (1, NAN)],
+    "loss infinite": [(1, INF), (1, INF), (-1, INF), (-1, 1), (1, INF), (-1, 2), (1, -INF), (-1, -INF)],
+    "loss at the first step NaN": [(1, NAN), (-1, 5), (-1, 4), (1, 5)],
+}
+TAPES = {
+    name: [row if isinstance(row, tuple) else (row, -i) for i, row in enumerate(tape)] for name, tape in TAPES.items()
+}
+
+
+def by_twin(variant, tape, rounded=float, source=twin, **options):
+    rows = iter(tape)
+    return list(source(variant, lambda _: next(rows), len(tape), w=0.0, rounded=rounded, **(OPTIONS | options)))
+
+
+def by_rprop(variant, tape, dtype=torch.float64, **options):
+    """The same from an optimizer, for one weight."""
+    w = torch.zeros((), dtype=dtype, requires_grad=True)
+    optimizer = Rprop([w], variant=variant, **(OPTIONS | options))
+    rows = []
+    for g, loss in tape:
+        w.grad = torch.tensor(g, dtype=dtype)
+        optimizer.step(loss=torch.tensor(loss, dtype=torch.float64))
+        state = optimizer.state[w]
+        rows.append((w.item(), state["step_size"].item(), state["prev"].item()))
+    return rows
+
+
+def cast(tape, rounded):
+    """The tape as a dtype sees it."""
+    return [(g if math.isnan(g) or math.isinf(g) else rounded(g), loss) for g, loss in tape]
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tape", TAPES.values(), ids=TAPES)
+def test_equals_the_twin(variant, tape, dtype, path):
+    rounded = ROUND[str(dtype).removeprefix("torch.")]
+    assert by_rprop(variant, tape, dtype, **path) == by_twin(variant, cast(tape, rounded), rounded)
+
+
+@PATHS
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tape", TAPES.values(), ids=TAPES)
+def test_maximizing_the_negative_is_the_same_path(variant, tape, path):
+    negative = [(-g, -loss) for g, loss in tape]
+    rows = by_rprop(variant, negative, maximize=True, **path)
+    assert rows == by_twin(variant, tape)
+
+
+@PATHS
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_first_tapes_by_hand(variant, path):
+    """Moves at two flips: the first with a risen loss, the second with a fallen one. D: 1, 2, 1, 1, 0.5."""
+    tape = [(1, 5), (1, 4), (-1, 6), (-1, 3), (1, 2)]
+    rows = by_rprop(variant, tape, lr=1.0, etas=(0.5, 2.0), step_sizes=(0.25, 8.0), **path)
+    assert [w for w, _, _ in rows] == {
+        "rprop-": [-1.0, -3.0, -2.0, 0.0, -1.0],  # moves on by 1, then as ever: 2, 1
+        "rprop+": [-1.0, -3.0, -1.0, 0.0, -1.0],  # takes back 2, and 1
+        "irprop-": [-1.0, -3.0, -3.0, -2.0, -2.0],  # stays, and stays
+        "irprop+": [-1.0, -3.0, -1.0, 0.0, 0.0],  # takes back 2, stays
+    }[variant]
+    assert [D for _, D, _ in rows] == [1.0, 2.0, 1.0, *((2.0, 1.0) if variant == "rprop-" else (1.0, 0.5))]
+
+
+FUNCTIONS = {
+    "quadratic": lambda x: (2 * x, x * x),
+    "|x|": lambda x: ((x > 0) * 1.0 - (x < 0) * 1.0, abs(x)),
+    "double well": lambda x: (4 * x * (x * x - 1), (x * x - 1) * (x * x - 1)),
+    "steps": lambda x: ((x * 4 // 1) * 0.25 + 0.125, x * x * 0.5),
+}
+
+
+@PATHS
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_equals_the_twin_on_functions(variant, function, path):
+    options = {"lr": 0.1, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50)}
+    w = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    optimizer = Rprop([w], variant=variant, **options, **path)
+
+    def closure():
+        with torch.no_grad():
+            g, loss = function(w.detach().clone())
+            w.grad = torch.as_tensor(g, dtype=torch.float64)
+        return loss
+
+    rows = []
+    for _ in range(200):
+        optimizer.step(closure)
+        rows.append((w.item(), optimizer.state[w]["step_size"].item(), optimizer.state[w]["prev"].item()))
+    assert rows == list(twin(variant, function, 200, w=1.7, **options))
+
+
+# The classes of error in public implementations, and some more: what to change in the twin.
+WRONG = {
+    "a: moves at a flip, by the new step size": (
+        'if s < 0 and variant != "rprop-":',
+        'if s < 0 and variant == "none":',
+    ),
+    "a: stands still, but moves by the shrunk step": ("w = rounded(w - last_move)", "w = rounded(w - sign(g) * D)"),
+    "b: a product of 0 counts as no flip and grows": ("if s > 0:", "if s >= 0:"),
+    "b: a product of 0 counts as a flip": ("s < 0", "s <= 0"),
+    "c: the gradient is not forgotten": ("            g_before = 0.0\n", "            g_before = g\n"),
+    "c: the new gradient is forgotten, not the stored one": ("            g_before = 0.0\n", "            g = 0.0\n"),
+    "d: one step late": ("w = rounded(w + last_move)", "w, late = rounded(w + late), last_move"),
+    "d: moves before it adapts": ("last_move = -sign(g) * D\n", "last_move = -sign(g) * (D0 if s else D)\n"),
+    "e: the first move is adapted": ("g_before = 0.0\n    E", "g_before = evaluate_first\n    E"),
+    "f: compares with the best loss": ("E_before = E\n", "E_before = min(E, E_before)\n"),
+    "f: equal counts as risen": ("E > E_before", "E >= E_before"),
+    "f: never compares": ('(variant == "irprop+" and rose)', '(variant == "irprop+")'),
+    "f: compares with the loss before last": ("E_before = E\n", "E_before, older = older, E\n"),
+    "f: NaN counts as fallen": ("E = math.inf\n", "E = -math.inf\n"),
+    "rprop+ does not take back": ('if variant == "rprop+" or', "if"),
+    "rprop- forgets": (' and variant != "rprop-"', ""),
+    "no upper bound": ("min(max(rounded(D), low), high)", "max(rounded(D), low)"),
+    "no lower bound": ("min(max(rounded(D), low), high)", "min(rounded(D), high)"),
+    "NaN is remembered": (
+        "yield w, D, g_before\n            continue",
+        "g_before = g\n            yield w, D, g_before\n            continue",
+    ),
+}
+
+
+def mutate(module, old, new):
+    source = inspect.getsource(module)
+    assert old in source, "the mutation no longer fits the source"
+    source = source.replace(old, new)
+    if module is twin_module:  # what some mutants refer to
+        source = source.replace("    last_move = 0.0\n", "    last_move = late = 0.0\n    older = math.inf\n")
+        source = source.replace("    w = rounded(w)\n", "    w = rounded(w)\n    evaluate_first = 1.0\n")
+        source = source.replace("        s = sign(g)", "        D0 = D\n        s = sign(g)")
+    namespace = {"__name__": module.__name__}
+    exec(compile(source, "<mutant>", "exec"), namespace)
+    return namespace
+
+
+def told_apart(run):
+    """On which tapes and variants the rows differ from the twin's; NaN in a row equals itself here."""
+    return [
+        (name, variant)
+        for name, tape in TAPES.items()
+        for variant in VARIANTS
+        if str(run(variant, tape)) != str(by_twin(variant, tape))
+    ]
+
+
+@pytest.mark.parametrize("mutation", WRONG.values(), ids=WRONG)
+def test_the_tapes_tell_a_wrong_rule_apart(mutation):
+    wrong = mutate(twin_module, *mutation)["twin"]
+    assert told_apart(lambda variant, tape: by_twin(variant, tape, source=wrong))
+    assert not told_apart(by_twin)
+
+
+# The same for the implementations: what to change in update.py and in foreach.py.
+WRONG_CODE = {
+    "takes back by the shrunk step size": (
+        ("else step_size.clone()", "else step_size"),
+        ("step_size.clone() for step_size", "step_size for step_size"),
+    ),
+    "takes back when the loss fell": (("& ~take_back", "& take_back"), ("& ~take_back", "& take_back")),
+    "always takes back": (("forget and take_back is not True", "forget and take_back is False"),) * 2,
+    "never takes back": (("if take_back is not False:", "if False:"),) * 2,
+    "rprop- forgets": (("if forget else grad", "if True else grad"), ("if forget:", "if True:")),
+    "does not forget": (("if forget else grad", "if False else grad"), ("if forget:", "if False:")),
+    "multiplies gradients": (
+        ("sign * prev.sign()", "(grad * prev).sign()"),
+        (
+            "(signs, torch._foreach_sign(prevs))",
+            "([g.mul(p).sign() for g, p in zip(grads, prevs)], [1.0] * len(prevs))",
+        ),
+    ),
+    "remembers NaN": (
+        ("torch.where(grad.isnan(), prev, grad)", "grad.clone()"),
+        ("torch.where(grad.isnan(), prev, grad) for", "grad.clone() for"),
+    ),
+}
+
+
+@pytest.mark.parametrize("module", [update, foreach], ids=["update", "foreach"])
+@pytest.mark.parametrize("mutations", WRONG_CODE.values(), ids=WRONG_CODE)
+def test_the_tapes_tell_wrong_code_apart(mutations, module, monkeypatch):
+    name = "update" if module is update else "update_foreach"
+    monkeypatch.setattr(dispatch, name, mutate(module, *mutations[module is foreach])[name])
+    tiny = [(1e-200 * g, loss) for g, loss in TAPES["flips"]]
+    monkeypatch.setitem(TAPES, "underflow", tiny)
+    assert told_apart(lambda variant, tape: by_rprop(variant, tape, foreach=module is foreach))
+
+
+# ----------------------------------------------------------------------------------------------------- at random
+
+REALS = st.floats(width=32, allow_nan=True, allow_infinity=True) | st.sampled_from(
+    [0.0, -0.0, 1.0, -1.0, 1e-30, -1e-30]
+)
+HISTORIES = st.lists(st.tuples(st.lists(REALS, min_size=4, max_size=4), REALS), min_size=1, max_size=12)
+
+
+def rows_by_cut(cut, variant, history, foreach, **options):
+    """Weights and step sizes ``(steps, 2, 4)`` of four weights: in one tensor, in four, or in a complex one of two."""
+    params = {
+        "joined": [torch.zeros(4, dtype=torch.float64)],
+        "split": [torch.zeros((), dtype=torch.float64) for _ in range(4)],
+        "complex": [torch.zeros(2, dtype=torch.complex128)],
+    }[cut]
+    for p in params:
+        p.requires_grad_()
+    optimizer = Rprop(params, variant=variant, foreach=foreach, **options)
+    rows = []
+    for gradients, loss in history:
+        flat = torch.tensor(gradients, dtype=torch.float64)
+        cuts = {"joined": [flat], "split": flat.unbind(), "complex": [torch.view_as_complex(flat.reshape(2, 2))]}[cut]
+        for p, g in zip(params, cuts, strict=True):
+            p.grad = g.clone()
+        optimizer.step(loss=loss)
+        both = ([p.detach() for p in params], [optimizer.state[p]["step_size"] for p in params])
+        real = [[torch.view_as_real(t) if t.is_complex() else t for t in tensors] for tensors in both]
+        rows.append(torch.stack([torch.cat([t.reshape(-1) for t in tensors]) for tensors in real]))
+    return torch.stack(rows)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    history=HISTORIES,
+    etas=st.tuples(st.floats(0.05, 0.95), st.floats(1.05, 4.0)),
+    bounds=st.tuples(st.floats(1e-3, 0.5), st.floats(0.5, 5.0)),
+    lr=st.floats(1e-3, 5.0),
+    maximize=st.booleans(),
+)
+def test_all_paths_at_once_on_random_histories(history, etas, bounds, lr, maximize):
+    """Every path and every cut of the weights into tensors agrees with the others, and with the twin of each weight."""
+    lr = min(max(lr, bounds[0]), bounds[1])  # a NaN before the first move would leave it unclamped in the twin
+    options = {"lr": lr, "etas": etas, "step_sizes": bounds}
+    direction = -1 if maximize else 1
+    for variant in VARIANTS:
+        first, *others = (
+            rows_by_cut(cut, variant, history, foreach, maximize=maximize, **options)
+            for cut in ("joined", "split", "complex")
+            for foreach in (False, True)
+        )
+        assert all(torch.equal(first, other) for other in others)
+        assert bounds[0] <= first[:, 1].min() <= first[:, 1].max() <= bounds[1]
+        for i in range(4):
+            tape = [(direction * gradients[i], direction * loss) for gradients, loss in history]
+            rows = by_twin(variant, tape, **options)
+            assert first[:, :, i].tolist() == [[w, D] for w, D, _ in rows]
+
+
+@settings(deadline=None, max_examples=50)
+@given(history=HISTORIES, scale=st.floats(1e-150, 1e150), variant=st.sampled_from(VARIANTS))
+def test_only_the_signs_count(history, scale, variant):
+    tape = [(gradients[0], loss) for gradients, loss in history]
+    scaled = [(g * scale if abs(g) > 1e-100 else g, loss) for g, loss in tape]
+    assert [row[:2] for row in by_rprop(variant, tape)] == [row[:2] for row in by_rprop(variant, scaled)]
+
+
+@settings(deadline=None, max_examples=50)
+@given(history=HISTORIES, variant=st.sampled_from(VARIANTS))
+def test_the_mirrored_problem_has_the_mirrored_path(history, variant):
+    tape = [(gradients[0], loss) for gradients, loss in history]
+    mirrored = by_rprop(variant, [(-g, loss) for g, loss in tape])
+    assert [(-w, D) for w, D, _ in mirrored] == [(w, D) for w, D, _ in by_rprop(variant, tape)]
+
+
+# ------------------------------------------------------------------------------------------------ loss and closure
+
+
+def descend(variant, steps=30, params=None, **options):
+    """A coupled quadratic with some curvature between the weights, so that signs flip at different times."""
+    torch.manual_seed(0)
+    curvature = torch.randn(6, 6, dtype=torch.float64)
+    curvature = curvature @ curvature.T
+    w = torch.randn(6, dtype=torch.float64).requires_grad_() if params is None else params
+    optimizer = Rprop([w], variant=variant, **options)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w @ curvature @ w
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(steps)]
+    return w, optimizer, closure, losses
+
+
+@pytest.mark.parametrize("form", ["closure", "closure of a float", "tensor", "float", "shape (1,)", "closure and loss"])
+def test_every_way_to_hand_the_loss_over(form):
+    expected, _, _, losses = descend("irprop+")
+    assert any(b > a for a, b in pairwise(losses))  # there was something to take back
+    w, optimizer, closure, _ = descend("irprop+", 0)
+    for _ in range(30):
+        if form == "closure":
+            optimizer.step(closure)
+        elif form == "closure of a float":
+            optimizer.step(lambda: closure().item())
+        elif form == "closure and loss":
+            loss = closure()
+            optimizer.step(lambda: None, loss=loss)
+        else:
+            loss = closure()
+            result = optimizer.step(loss={"tensor": loss, "float": loss.item()}.get(form, loss.reshape(1)))
+            assert result is None
+    assert torch.equal(w, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"maximize": True}], ids=str)
+def test_without_a_loss_irprop_plus_says_what_to_do(options):
+    params = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    optimizer = Rprop([{"params": params[:1]}, {"params": params[1:], "variant": "irprop+", **options}])
+    for p in params:
+        p.grad = torch.ones(1)
+    for call in (optimizer.step, lambda: optimizer.step(lambda: None)):
+        with pytest.raises(
+            RuntimeError, match=r"variant='irprop\+' .* got none: call step\(closure\) .* or step\(loss=loss\)"
+        ):
+            call()
+    for wrong in (torch.ones(2), "0.5", torch.ones(0)):
+        with pytest.raises(ValueError, match="loss must be a number or a tensor of one element, got"):
+            optimizer.step(loss=wrong)
+    assert all(p.item() == 1.0 for p in params)
+    assert not optimizer.state
+
+
+def test_without_gradients_irprop_plus_needs_no_loss():
+    Rprop([torch.ones(1, requires_grad=True)], variant="irprop+").step()
+
+
+def test_the_loss_is_kept_as_a_copy_of_its_value():
+    w = torch.zeros((), requires_grad=True)
+    optimizer = Rprop([w], variant="irprop+", **OPTIONS)
+    loss = torch.tensor(1.0)
+    for g, value in ((1.0, 1.0), (1.0, 2.0), (-1.0, 3.0)):  # one buffer, as a captured graph has it
+        w.grad = torch.tensor(g)
+        loss.fill_(value)
+        optimizer.step(loss=loss)
+    assert optimizer.state[w]["prev_loss"].item() == 3.0
+    assert w.item() == -0.5  # risen: taken back
+
+
+def test_groups_with_different_variants():
+    tape = [(1, 5), (1, 4), (-1, 6), (-1, 3), (1, 2), (1, 1)]
+    params = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in VARIANTS]
+    groups = [{"params": p, "variant": v} for p, v in zip(params, VARIANTS, strict=True)]
+    optimizer = Rprop(groups, **OPTIONS)
+    for g, loss in tape:
+        for p in params:
+            p.grad = torch.tensor(g, dtype=torch.float64)
+        optimizer.step(loss=loss)
+    assert [p.item() for p in params] == [by_twin(v, tape)[-1][0] for v in VARIANTS]
+    assert len({p.item() for p in params}) == 4
+
+
+@pytest.mark.parametrize("saved_at", range(8))
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_saved_at_any_step_and_continued(variant, dtype, saved_at, tmp_path):
+    """In bfloat16 a loss would lose the digits by which these differ, if it were cast like other state."""
+    tape = [(1, 5.0), (1, 4.001), (-1, 4.002), (-1, 4.001), (1, 4.0015), (1, 4.0), (-1, 3.9), (1, 4.9)]
+    params = [torch.zeros((), dtype=dtype, requires_grad=True) for _ in range(2)]
+    optimizer = Rprop(params, variant=variant, **OPTIONS)
+    for i, (g, loss) in enumerate(tape):
+        if i == saved_at:
+            torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+            params = [p.detach().clone().requires_grad_() for p in params]
+            optimizer = Rprop(params)
+            optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        for p in params:
+            p.grad = torch.tensor(g, dtype=dtype)
+        optimizer.step(loss=torch.tensor(loss, dtype=torch.float64))
+    rounded = ROUND[str(dtype).removeprefix("torch.")]
+    assert [p.item() for p in params] == [by_twin(variant, tape, rounded)[-1][0]] * 2
+
+
+def test_torchs_rprop_takes_a_checkpoint_of_irprop_plus():
+    _, ours, _, _ = descend("irprop+", 5)
+    p = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    theirs = torch.optim.Rprop([p])
+    theirs.load_state_dict(ours.state_dict())
+    p.grad = torch.ones(6, dtype=torch.float64)
+    theirs.step()
+    assert theirs.state[p]["step"] == 6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_through_a_lightning_checkpoint(variant, tmp_path):
+    def make(module):
+        return Rprop(module.parameters(), lr=0.1, variant=variant)
+
+    whole, half, resumed = Net(make), Net(make), Net(make)
+    trainer(tmp_path, max_epochs=8).fit(whole, Batches(5))
+    fit = trainer(tmp_path, max_epochs=4)
+    fit.fit(half, Batches(5))
+    fit.save_checkpoint(tmp_path / "half.ckpt")
+    trainer(tmp_path, max_epochs=8).fit(resumed, Batches(5), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+    raw = Net(make)
+    optimizer, batch, losses = make(raw), next(iter(Batches(1))), []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = raw.net(batch).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step(loss=loss)
+    assert any(b > a for a, b in pairwise(losses))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), raw.parameters(), strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------- max_iter
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_max_iter_is_as_many_steps_and_returns_the_first_loss(variant):
+    expected, one, _, losses = descend(variant, 12)
+    w, optimizer, _, first = descend(variant, 3, max_iter=4)
+    assert torch.equal(w, expected)
+    assert first == losses[0::4]
+    assert optimizer.state[w]["step"] == one.state[expected]["step"] == 12
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_max_iter_takes_both_ways_to_zero_gradients(set_to_none):
+    expected, *_ = descend("irprop-", 8)
+    w, optimizer, closure, _ = descend("irprop-", 0, max_iter=4)
+
+    def zeroing():
+        optimizer.zero_grad(set_to_none=set_to_none)
+        kept = optimizer.zero_grad
+        optimizer.zero_grad = lambda: None
+        try:
+            return closure()
+        finally:
+            optimizer.zero_grad = kept
+
+    for _ in range(2):
+        optimizer.step(zeroing)
+    assert torch.equal(w, expected)
+
+
+def test_max_iter_without_a_closure():
+    w, optimizer, closure, _ = descend("irprop-", 0, max_iter=3)
+    before = w.detach().clone()
+    loss = closure()
+    for call in (optimizer.step, lambda: optimizer.step(closure, loss=loss), lambda: optimizer.step(loss=loss)):
+        with pytest.raises(RuntimeError, match=r"max_iter=3 .* call step\(closure\), .*GradScaler, use max_iter=1"):
+            call()
+    assert torch.equal(w, before)
+
+
+def test_max_iter_under_a_grad_scaler():
+    w, optimizer, _, _ = descend("irprop-", 0, max_iter=3)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(w.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="max_iter=3"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("kind", ["accumulates", "does nothing"])
+def test_max_iter_with_a_closure_that_does_not_zero(kind):
+    w, optimizer, _, _ = descend("irprop-", 2, max_iter=2)
+    before, grad = w.detach().clone(), w.grad
+
+    def wrong():
+        if kind == "accumulates":
+            loss = w.square().sum()
+            loss.backward()
+            return loss
+        return w.square().sum()
+
+    with pytest.raises(
+        RuntimeError, match=r"max_iter=2 .* did not zero the gradients: .* accumulation, .* use max_iter=1"
+    ):
+        optimizer.step(wrong)
+    assert torch.equal(w, before)
+    assert w.grad is grad
+    assert optimizer.state[w]["step"] == 4
+
+
+def test_max_iter_with_a_closure_that_fails_keeps_the_gradient():
+    w, optimizer, _, _ = descend("irprop-", 1, max_iter=2)
+    grad = w.grad
+
+    def failing():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(failing)
+    assert w.grad is grad
+
+
+def test_max_iter_is_one_for_all_groups():
+    a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
+    with pytest.raises(ValueError, match="max_iter must be the same in all parameter groups, got 3 after 1"):
+        Rprop([{"params": a}, {"params": b, "max_iter": 3}])
+
+
+@pytest.mark.parametrize(("manual", "accumulate"), [(False, 1), (False, 2), (True, 1)])
+def test_max_iter_in_lightning(manual, accumulate, tmp_path):
+    def make(module):
+        return Rprop(module.parameters(), lr=0.1, max_iter=5)
+
+    def plain(module):
+        return Rprop(module.parameters(), lr=0.1)
+
+    fit = trainer(tmp_path, max_epochs=2, accumulate_grad_batches=accumulate)
+    module = Net(make, manual)
+    if manual or accumulate > 1:
+        with pytest.raises(RuntimeError, match=r"max_iter=5 .* did not zero the gradients"):
+            fit.fit(module, Batches(2))
+        return
+    fit.fit(module, Batches(2))
+    whole = Net(plain)
+    trainer(tmp_path, max_epochs=1).fit(whole, Batches(20))
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_compiled_step(variant):
+    torch._dynamo.reset()
+    tape = TAPES["loss risen against the one before, not against the first"] * 2
+    w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = Rprop([w], variant=variant, **OPTIONS)
+    step = torch.compile(lambda loss: optimizer.step(loss=loss), backend="aot_eager")
+    for g, loss in tape:
+        w.grad = torch.full((2,), g, dtype=torch.float64)
+        step(torch.tensor(loss, dtype=torch.float64))
+    assert w.tolist() == [by_twin(variant, tape)[-1][0]] * 2
