@@ -135,6 +135,41 @@ def test_equals_the_twin_on_functions(variant, function, path):
     assert rows == list(twin(variant, function, 200, w=1.7, **options))
 
 
+def rosenbrock(w):
+    return 100 * (w[1] - w[0] ** 2) ** 2 + (1 - w[0]) ** 2 + (w[2] - w[1]) ** 2
+
+
+def ripple(w):
+    return (w.square() + 0.3 * torch.sin(12 * w)).sum() + (w[0] * w[1]).cos() + w[2].abs()
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("function", [rosenbrock, ripple])
+def test_each_weight_of_a_coupled_function_follows_the_twin(function, variant, dtype, path):
+    options = {"lr": 0.05, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50)}
+    w = torch.tensor([-1.2, 1.0, 0.7], dtype=dtype, requires_grad=True)
+    start, rounded = w.tolist(), ROUND[str(dtype).removeprefix("torch.")]
+    optimizer = Rprop([w], variant=variant, **options, **path)
+    tape, rows = [], []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = function(w)
+        loss.backward()
+        tape.append((w.grad.tolist(), loss.item()))
+        return loss
+
+    for _ in range(300):
+        optimizer.step(closure)
+        rows.append((w.tolist(), optimizer.state[w]["step_size"].tolist(), optimizer.state[w]["prev"].tolist()))
+    for i in range(3):
+        own = iter([(gradients[i], loss) for gradients, loss in tape])
+        path_of_twin = twin(variant, lambda _, own=own: next(own), 300, start[i], rounded=rounded, **options)
+        assert [tuple(values[i] for values in row) for row in rows] == list(path_of_twin)
+
+
 # The classes of error in public implementations, and some more: what to change in the twin.
 WRONG = {
     "a: moves at a flip, by the new step size": (

@@ -27,7 +27,7 @@ def folder(tmp_path):
     """A folder with the snippets, and with what a command finds in a clone."""
     for name, text in SNIPPETS.items():
         (tmp_path / name).write_text(text)
-    for name in ("examples", "conf"):
+    for name in ("examples", "conf", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
@@ -54,8 +54,8 @@ def test_lightning_snippet_trains_and_logs(folder):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("pip install")])
 def test_command_runs(command, folder):
-    budget = " trainer.max_epochs=2" if "examples/train.py" in command else ""
-    output = run(command + budget, folder)
+    budgets = {"examples/train.py": " trainer.max_epochs=2", "benchmarks.variants": " --starts 1 --only ellipsoid"}
+    output = run(command + next((b for name, b in budgets.items() if name in command), ""), folder)
     if "app.py" in command:
         assert "lr: 0.05" in output or "lr: 0.1" in output
     elif "help" in command:
@@ -63,3 +63,5 @@ def test_command_runs(command, folder):
         assert "initial step size" in output.lower()
     elif "examples" in command:
         assert "checkpoint" in output
+    elif "benchmarks" in command:
+        assert "| ellipsoid, condition 10^2, parallel axes | 1e-06 |" in output

@@ -52,8 +52,8 @@ def rprop(
         etaplus: the factor of a step size after two gradients of one sign.
         weight_decay: this times the parameter is added to its gradient (default: 0).
         variant: the rule, one of ``"irprop-"``, ``"irprop+"``, ``"rprop-"``, ``"rprop+"`` (default: ``"irprop-"``).
-        loss_rose: for ``"irprop+"``, whether the loss is worse than at the call before; a bool, or a bool tensor of one
-            element, which is not brought to the host (default: ``False``).
+        loss_rose: for ``"irprop+"``, whether the loss is worse than at the call before; a bool, or a bool tensor that
+            broadcasts to every parameter (default: ``False``).
 
     Raises:
         RuntimeError: If ``state_steps`` holds something else than tensors.

@@ -55,7 +55,7 @@ def update(
         weight_decay: this times the parameter is added to the gradient before its sign is taken.
         maximize: climb instead of descend.
         forget: at a change of sign store 0 instead of the gradient, and make no ordinary move (variants.py).
-        take_back: where so, undo the last move instead; a bool, or a bool tensor of one element.
+        take_back: where so, undo the last move instead; a bool, or a bool tensor that broadcasts to every parameter.
         differentiable: keep what autograd needs to go back through this step.
     """
     for param, grad, prev, step_size in zip(params, grads, prevs, step_sizes, strict=True):
