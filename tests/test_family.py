@@ -170,6 +170,25 @@ def test_each_weight_of_a_coupled_function_follows_the_twin(function, variant, d
         assert [tuple(values[i] for values in row) for row in rows] == list(path_of_twin)
 
 
+@PATHS
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weight_decay_is_added_before_the_sign_is_taken(variant, maximize, path):
+    tape = [(0.5, 9), (0.5, 8), (-0.1, 9), (-0.1, 7), (0.2, 8), (-0.4, 9), (0.4, 3), (0.0, 2), (0.0, 4), (0.1, 5)]
+    direction = -1 if maximize else 1
+    rows = by_rprop(
+        variant, [(direction * g, direction * E) for g, E in tape], weight_decay=0.25, maximize=maximize, **path
+    )
+    own = iter(tape)
+
+    def evaluate(w):
+        g, loss = next(own)
+        return g + w * 0.25, loss
+
+    assert rows == list(twin(variant, evaluate, len(tape), 0.0, **OPTIONS))
+    assert [w for w, _, _ in rows] != [w for w, _, _ in by_twin(variant, tape)]
+
+
 # The classes of error in public implementations, and some more: what to change in the twin.
 WRONG = {
     "a: moves at a flip, by the new step size": (
