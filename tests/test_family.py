@@ -6,10 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import twin as twin_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lit import Batches, Net, trainer
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from twin import ROUND, twin
 
 from lightning_rprop import Rprop
@@ -499,6 +501,47 @@ def test_through_a_lightning_checkpoint(variant, tmp_path):
         optimizer.step(loss=loss)
     assert any(b > a for a, b in pairwise(losses))
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), raw.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.parametrize("options", [{"max_iter": 3}, {"variant": "irprop+", "maximize": True}, {"variant": "irprop+"}])
+def test_through_a_distributed_checkpoint_into_a_fresh_optimizer(options, tmp_path):
+    """The loader makes the state by a step of its own, without closure or loss and with lr 0."""
+
+    def make():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        return net, Rprop(net.parameters(), lr=0.1, **options)
+
+    def go(net, optimizer, steps):
+        def closure():
+            optimizer.zero_grad()
+            loss = net(torch.eye(3)).square().mean() * (-1 if options.get("maximize") else 1)
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        losses = []
+        for _ in range(steps):
+            optimizer.step(closure)
+        return losses
+
+    net, optimizer = make()
+    losses = go(net, optimizer, 9)
+    saved = {"net": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+
+    fresh_net, fresh = make()
+    state = {"net": fresh_net.state_dict(), "optimizer": get_optimizer_state_dict(fresh_net, fresh)}
+    assert all(torch.equal(p, q) for p, q in zip(fresh_net.parameters(), make()[0].parameters(), strict=True))
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    fresh_net.load_state_dict(state["net"])
+    set_optimizer_state_dict(fresh_net, fresh, state["optimizer"])
+    if "variant" in options:
+        assert fresh.state[next(fresh_net.parameters())]["prev_loss"].item() == losses[-1]
+    assert go(net, optimizer, 9) == go(fresh_net, fresh, 9)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), fresh_net.parameters(), strict=True))
+    assert fresh.param_groups[0]["lr"] == 0.1
 
 
 # ----------------------------------------------------------------------------------------------------- max_iter

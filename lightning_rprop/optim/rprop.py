@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import chain
 from numbers import Real
@@ -199,6 +200,10 @@ class Rprop(Optimizer):
             ValueError: If iRprop+ got something else than one number; nothing has moved then.
         """
         max_iter = self.param_groups[0]["max_iter"]
+        if closure is None and not self.state and all(group["lr"] == 0 for group in self.param_groups):
+            # torch.distributed.checkpoint makes the state of a fresh optimizer so, to have something to load into
+            self._move(math.nan if loss is None else loss)
+            return None
         if max_iter > 1 and (closure is None or loss is not None):
             raise RuntimeError(
                 f"max_iter={max_iter} evaluates a closure that often: call step(closure), without loss=. "
