@@ -453,7 +453,7 @@ def test_groups_with_different_variants():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_saved_at_any_step_and_continued(variant, dtype, saved_at, tmp_path):
     """In bfloat16 a loss would lose the digits by which these differ, if it were cast like other state."""
-    tape = [(1, 5.0), (1, 4.001), (-1, 4.002), (-1, 4.001), (1, 4.0015), (1, 4.0), (-1, 3.9), (1, 4.9)]
+    tape = [(1, 5.0), (1, 4.002), (-1, 4.001), (-1, 4.003), (1, 4.004), (1, 4.0), (-1, 3.9), (1, 4.9)]
     params = [torch.zeros((), dtype=dtype, requires_grad=True) for _ in range(2)]
     optimizer = Rprop(params, variant=variant, **OPTIONS)
     for i, (g, loss) in enumerate(tape):

@@ -285,3 +285,14 @@ def test_resumed_run_goes_on_counting(tmp_path):
     fit.fit(Net(ours), Batches(3), ckpt_path=tmp_path / "half.ckpt")
     assert second.records() == [(step, metrics) for step, metrics in whole.records() if step >= 6]
     assert len(second.records()) == 3
+
+
+def test_a_second_run_measures_anew(tmp_path):
+    """The same callback in another run: nothing of the first is shown for the second, and nothing is left out."""
+    monitor = StepSizeMonitor()
+    for lr in (0.25, 0.5):
+        log = Recorder()
+        fit = trainer(tmp_path, [monitor], logger=log, log_every_n_steps=1, max_epochs=1)
+        fit.fit(Net(lambda m, lr=lr: Rprop(m.parameters(), lr=lr)), Batches(1))
+        assert fit.callback_metrics["step_size/mean"].item() == lr
+        assert [metrics["step_size/mean"] for _, metrics in log.records()] == [lr]

@@ -70,10 +70,9 @@ def dispatch(
     if not foreach or torch.compiler.is_compiling():  # the compiler fuses the plain loop itself, across all tensors
         yield update, [list(column) for column in zip(*rows, strict=True)]
         return
-    # foreach kernels take tensors of one device and dtype; ``module.half()`` in mid-run leaves the state in another
-    batches: dict[tuple[torch.device, torch.dtype] | None, list[tuple[Tensor, ...]]] = {}
+    # foreach kernels take tensors of one device and dtype
+    batches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
     for row in rows:
-        uniform = len({t.dtype for t in row}) == 1
-        batches.setdefault((row[0].device, row[0].dtype) if uniform else None, []).append(row)
-    for key, batch in batches.items():
-        yield update if key is None else update_foreach, [list(column) for column in zip(*batch, strict=True)]
+        batches.setdefault((row[0].device, row[0].dtype), []).append(row)
+    for batch in batches.values():
+        yield update_foreach, [list(column) for column in zip(*batch, strict=True)]

@@ -200,9 +200,10 @@ class Rprop(Optimizer):
             ValueError: If iRprop+ got something else than one number; nothing has moved then.
         """
         max_iter = self.param_groups[0]["max_iter"]
-        if closure is None and not self.state and all(group["lr"] == 0 for group in self.param_groups):
+        fresh = closure is None and loss is None and not torch.compiler.is_compiling() and not self.state
+        if fresh and all(group["lr"] == 0 for group in self.param_groups):
             # torch.distributed.checkpoint makes the state of a fresh optimizer so, to have something to load into
-            self._move(math.nan if loss is None else loss)
+            self._move(math.nan)
             return None
         if max_iter > 1 and (closure is None or loss is not None):
             raise RuntimeError(
