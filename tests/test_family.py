@@ -435,6 +435,24 @@ def test_the_loss_is_kept_as_a_copy_of_its_value():
     assert w.item() == -0.5  # risen: taken back
 
 
+def test_the_kept_loss_stays_where_it_is_as_a_captured_graph_needs():
+    w, optimizer, closure, _ = descend("irprop+", 1)
+    address = optimizer.state[w]["prev_loss"].data_ptr()
+    optimizer.step(closure)
+    assert optimizer.state[w]["prev_loss"].data_ptr() == address
+
+
+def test_a_loss_of_more_digits_after_one_of_fewer():
+    """1 + 1e-12 is 1 in float32: it must not be kept so, or the next 1 + 5e-13 would not have fallen."""
+    tape = [(1, 2.0), (1, 1 + 1e-12), (-1, 1 + 5e-13)]
+    w = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = Rprop([w], variant="irprop+", **OPTIONS)
+    for i, (g, loss) in enumerate(tape):
+        w.grad = torch.tensor(g, dtype=torch.float64)
+        optimizer.step(loss=torch.tensor(loss, dtype=torch.float64 if i else torch.float32))
+    assert w.item() == by_twin("irprop+", tape)[-1][0]
+
+
 def test_groups_with_different_variants():
     tape = [(1, 5), (1, 4), (-1, 6), (-1, 3), (1, 2), (1, 1)]
     params = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in VARIANTS]
