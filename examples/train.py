@@ -41,7 +41,7 @@ def main(cfg: DictConfig) -> float:
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
 
     trainer.fit(model, datamodule=data)
-    held_out = report.history[-1]["val/score"]
+    held_out = float(trainer.callback_metrics.get("val/score", "nan"))
     checkpoint = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else None
     test = trainer.test(model, datamodule=data, ckpt_path=checkpoint or None, verbose=False)[0]
 

@@ -105,6 +105,12 @@ def test_without_callbacks_and_logger(tmp_path):
     assert result["logs"] == "none"
 
 
+@pytest.mark.parametrize("override", ["+trainer.check_val_every_n_epoch=2", "trainer.max_epochs=0"])
+def test_with_fewer_validations(override, tmp_path):
+    result = table(train(tmp_path, "trainer.max_epochs=3", override))
+    assert result["optimizer steps"] == ("0" if "max_epochs" in override else "30")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -644,6 +644,40 @@ def test_max_iter_with_a_closure_that_fails_keeps_the_gradient():
     assert w.grad is grad
 
 
+@pytest.mark.parametrize("how", ["zero_grad", "autograd.grad", "None"])
+def test_max_iter_leaves_parameters_alone_that_the_closure_does_not_touch(how):
+    """Frozen ones, and one that is not part of the loss, which a closure that sets the gradients itself leaves out."""
+    used, unused, frozen = torch.ones(3, requires_grad=True), torch.ones(1, requires_grad=True), torch.zeros(1)
+    optimizer = Rprop([used, unused, frozen], max_iter=2, lr=0.25, etas=(0.5, 2.0))
+
+    def closure():
+        loss = used.square().sum()
+        if how == "autograd.grad":
+            (used.grad,) = torch.autograd.grad(loss, used)
+            return loss
+        if how == "zero_grad":
+            optimizer.zero_grad()
+        else:
+            used.grad = None
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0
+    assert used.tolist() == [1 - 0.25 - 0.5] * 3
+    assert unused.tolist() == [1.0]
+    assert unused.grad is None
+    assert frozen.grad is None
+
+
+def test_first_step_without_closure_is_no_way_around():
+    for options in ({"max_iter": 3}, {"variant": "irprop+"}):
+        w = torch.ones(1, requires_grad=True)
+        w.grad = torch.ones(1)
+        with pytest.raises(RuntimeError, match="call step"):
+            Rprop([w], lr=0.0, **options).step()
+        assert w.item() == 1.0
+
+
 def test_max_iter_is_one_for_all_groups():
     a, b = (torch.ones(1, requires_grad=True) for _ in range(2))
     with pytest.raises(ValueError, match="max_iter must be the same in all parameter groups, got 3 after 1"):

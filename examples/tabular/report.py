@@ -43,14 +43,13 @@ class Report(Callback):
         self.history.append(now)
         epoch, last = trainer.current_epoch + 1, trainer.max_epochs
         if trainer.is_global_zero and (epoch % max(1, last // self.lines) == 0 or epoch == last):
-            print(
-                f"epoch {epoch:4d}/{last}"
-                + "".join(
-                    f"  {name} loss {now[f'{name}/loss']:.4f} {SCORE[self.data.task]} {now[f'{name}/score']:.4f}"
-                    for name in ("train", "val")
-                ),
-                flush=True,
-            )
+            line = f"epoch {epoch:4d}/{last}"
+            for name in ("train", "val"):
+                if f"{name}/loss" in now:  # a validation need not be in every epoch
+                    line += (
+                        f"  {name} loss {now[f'{name}/loss']:.4f} {SCORE[self.data.task]} {now[f'{name}/score']:.4f}"
+                    )
+            print(line, flush=True)
 
     def picture(self, path: Path) -> bool:
         """Draw the losses, and the step sizes of every parameter over the steps, if they were monitored.
@@ -58,7 +57,8 @@ class Report(Callback):
         Returns:
             Whether there was something to draw.
         """
-        names = [key.split("/")[1] for key in self.history[-1] if key.startswith("step_size/") and key.count("/") == 2]
+        last = self.history[-1] if self.history else {}
+        names = [key.split("/")[1] for key in last if key.startswith("step_size/") and key.count("/") == 2]
         names = list(dict.fromkeys(names))
         if not names:
             return False
@@ -66,7 +66,7 @@ class Report(Callback):
         fig = Figure(figsize=(8, 7), layout="constrained")
         above, below = fig.subplots(2, sharex=True, height_ratios=[1, 2])
         for stage in ("train", "val"):
-            above.plot(steps, [row[f"{stage}/loss"] for row in self.history], label=stage)
+            above.plot(steps, [row.get(f"{stage}/loss", float("nan")) for row in self.history], label=stage)
         above.set(ylabel="loss", yscale="log", title=f"{self.data.name}: full-batch Rprop")
         above.legend()
         for i, name in enumerate(names):

@@ -200,9 +200,7 @@ class Rprop(Optimizer):
             ValueError: If iRprop+ got something else than one number; nothing has moved then.
         """
         max_iter = self.param_groups[0]["max_iter"]
-        fresh = closure is None and loss is None and not torch.compiler.is_compiling() and not self.state
-        if fresh and all(group["lr"] == 0 for group in self.param_groups):
-            # torch.distributed.checkpoint makes the state of a fresh optimizer so, to have something to load into
+        if closure is None and loss is None and not torch.compiler.is_compiling() and _makes_state(self):
             self._move(math.nan)
             return None
         if max_iter > 1 and (closure is None or loss is not None):
@@ -225,25 +223,31 @@ class Rprop(Optimizer):
     def _evaluate_checked(self, closure: Callable[[], float]) -> float:
         """Evaluate a closure that must make the gradients anew, and refuse one that does not.
 
-        A gradient of NaN is put in its way: a closure that accumulates adds to it, one that does nothing leaves it.
+        Gradients of NaN are put in its way: a closure that accumulates adds to them, one that does nothing leaves all.
         """
-        candidates = [p for group in self.param_groups for p in group["params"] if p.numel() > 0]
-        if not candidates:
-            return closure()
-        param = min(candidates, key=Tensor.numel)
-        grad, marker = param.grad, torch.full_like(param, torch.nan, requires_grad=False)
-        param.grad = marker
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad and p.numel() > 0]
+        grads = [p.grad for p in params]
+        for p in params:
+            p.grad = torch.full_like(p, torch.nan, requires_grad=False)
+        markers = [(p.grad, p.grad._version) for p in params]
         try:
             loss = closure()
-            if param.grad is marker and bool(marker.isnan().all()):
+            stayed = [(p.grad is marker, marker._version == v) for p, (marker, v) in zip(params, markers, strict=True)]
+            untouched = [same and unchanged for same, unchanged in stayed]
+            added_to = [p.grad for p, (same, unchanged) in zip(params, stayed, strict=True) if same and not unchanged]
+            if params and (all(untouched) or any(bool(grad.isnan().all()) for grad in added_to)):
                 raise RuntimeError(
                     f"max_iter={self.param_groups[0]['max_iter']} evaluates the closure anew, but it did not zero the "
                     "gradients: let it call zero_grad() and backward(), as for torch.optim.LBFGS. With gradient "
                     "accumulation, and in manual optimization, use max_iter=1"
                 )
         except BaseException:
-            param.grad = grad
+            untouched = [True] * len(params)
             raise
+        finally:
+            for p, grad, restore in zip(params, grads, untouched, strict=True):
+                if restore:  # all if it failed, else those that the closure has nothing to do with
+                    p.grad = grad
         return loss
 
     def _move(self, loss: float | Tensor | None) -> None:
@@ -330,6 +334,19 @@ class Rprop(Optimizer):
             prevs.append(state["prev"])
             step_sizes.append(state["step_size"])
             state_steps.append(state["step"])
+
+
+def _makes_state(optimizer: Optimizer) -> bool:
+    """Tell the step by which torch.distributed.checkpoint makes the state of a fresh optimizer, to load into it.
+
+    It is the first one, with lr 0 and gradients of 0, and without a closure or a loss.
+    """
+    groups = optimizer.param_groups
+    return (
+        not optimizer.state
+        and all(group["lr"] == 0 for group in groups)
+        and not any(bool(p.grad.any()) for group in groups for p in group["params"] if p.grad is not None)
+    )
 
 
 def _name(group: dict[str, Any], index: int) -> str:
