@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import chain
-from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -13,15 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_rprop.optim.checks import check_state, check_step, name_of
+from lightning_rprop.optim.closure import evaluate_anew
 from lightning_rprop.optim.functional import rprop
 from lightning_rprop.optim.options import LATER_OPTIONS, check_dtypes, check_options
 from lightning_rprop.optim.variants import AT_FLIP, Variant
 
 __all__ = ["Rprop", "rprop"]
-
-# The state of a parameter, with torch.optim.Rprop's keys and meanings. For iRprop+ there is a fourth, "prev_loss": the
-# loss of the call before, one tensor that all parameters share; it is here to travel in every kind of checkpoint.
-_STATE_KEYS = ("step", "prev", "step_size")
 
 
 class Rprop(Optimizer):
@@ -142,11 +139,11 @@ class Rprop(Optimizer):
                     f"parameter group {i} of the state has no {', '.join(sorted(absent))}: it was not saved by Rprop"
                 )
             group.update(check_options({name: own_group[name] for name in LATER_OPTIONS} | group))
-            named = [(_name(group, j), param) for j, param in enumerate(group["params"])]
+            named = [(name_of(group, j), param) for j, param in enumerate(group["params"])]
             check_dtypes(group, named)
             for name, param in named:
                 if param_state := state["state"].get(param):
-                    _check_state(name, param, param_state)
+                    check_state(name, param, param_state)
                     if not isinstance(param_state["step"], Tensor):
                         param_state["step"] = _counter(param, group["capturable"]).fill_(float(param_state["step"]))
         super().__setstate__(state)
@@ -212,7 +209,7 @@ class Rprop(Optimizer):
             self._move(loss)
             return None
         with torch.enable_grad():
-            first = closure() if max_iter == 1 else self._evaluate_checked(closure)
+            first = closure() if max_iter == 1 else evaluate_anew(closure, self.param_groups)
         self._move(first if loss is None else loss)
         for _ in range(max_iter - 1):
             with torch.enable_grad():
@@ -220,39 +217,9 @@ class Rprop(Optimizer):
             self._move(again)
         return first
 
-    def _evaluate_checked(self, closure: Callable[[], float]) -> float:
-        """Evaluate a closure that must make the gradients anew, and refuse one that does not.
-
-        Gradients of NaN are put in its way: a closure that accumulates adds to them, one that does nothing leaves all.
-        """
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad and p.numel() > 0]
-        grads = [p.grad for p in params]
-        for p in params:
-            p.grad = torch.full_like(p, torch.nan, requires_grad=False)
-        markers = [(p.grad, p.grad._version) for p in params]
-        try:
-            loss = closure()
-            stayed = [(p.grad is marker, marker._version == v) for p, (marker, v) in zip(params, markers, strict=True)]
-            untouched = [same and unchanged for same, unchanged in stayed]
-            added_to = [p.grad for p, (same, unchanged) in zip(params, stayed, strict=True) if same and not unchanged]
-            if params and (all(untouched) or any(bool(grad.isnan().all()) for grad in added_to)):
-                raise RuntimeError(
-                    f"max_iter={self.param_groups[0]['max_iter']} evaluates the closure anew, but it did not zero the "
-                    "gradients: let it call zero_grad() and backward(), as for torch.optim.LBFGS. With gradient "
-                    "accumulation, and in manual optimization, use max_iter=1"
-                )
-        except BaseException:
-            untouched = [True] * len(params)
-            raise
-        finally:
-            for p, grad, restore in zip(params, grads, untouched, strict=True):
-                if restore:  # all if it failed, else those that the closure has nothing to do with
-                    p.grad = grad
-        return loss
-
     def _move(self, loss: float | Tensor | None) -> None:
         """Move every parameter that has a gradient, once."""
-        _check_step(self.param_groups, loss)
+        check_step(self.param_groups, loss)
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
@@ -287,7 +254,8 @@ class Rprop(Optimizer):
     def _compare(self, group: dict[str, Any], loss: float | Tensor | None) -> bool | Tensor:
         """Tell whether the loss is worse than at the call before, and keep it for the call after.
 
-        All on the loss's device. NaN counts as the worst of all losses, and so does an infinite one.
+        All on the loss's device. NaN counts as the worst of all losses, and so does an infinite one. It is kept as
+        "prev_loss" in the state of each parameter, one tensor for all of them: so it travels in every checkpoint.
         """
         states = [self.state[p] for p in group["params"] if p in self.state]
         if loss is None or not states:
@@ -349,61 +317,7 @@ def _makes_state(optimizer: Optimizer) -> bool:
     )
 
 
-def _name(group: dict[str, Any], index: int) -> str:
-    """Call a parameter by its name, if the optimizer was given names."""
-    return repr(group["param_names"][index]) if "param_names" in group else f"parameter {index}"
-
-
 def _counter(param: Tensor, capturable: bool) -> Tensor:
     """Make the step counter of a parameter: on its device only for graphs, as there it costs a launch."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.zeros((), dtype=dtype, device=param.device if capturable else "cpu")
-
-
-def _check_state(name: str, param: Tensor, state: dict[str, Any]) -> None:
-    """Refuse a state that is not this parameter's, which torch notices at the first step only, in mid-update."""
-    if absent := [key for key in _STATE_KEYS if key not in state]:
-        raise ValueError(
-            f"the state of {name} has no {', '.join(absent)}, but {', '.join(map(str, state))}: "
-            "it was not saved by Rprop"
-        )
-    for key in ("prev", "step_size"):
-        if state[key].shape != param.shape or state[key].is_complex() != param.is_complex():
-            raise ValueError(
-                f"the state of {name} does not fit: its {key} is {state[key].dtype} {tuple(state[key].shape)}, the "
-                f"parameter is {param.dtype} {tuple(param.shape)}: was the checkpoint saved from another model?"
-            )
-
-
-def _check_step(groups: list[dict[str, Any]], loss: float | Tensor | None) -> None:
-    """Refuse what would fail half-way through a step."""
-    compiling = torch.compiler.is_compiling()  # the compiler looks after graph capture itself
-    for group in groups:
-        needs_loss = AT_FLIP[group["variant"]].take_back is None
-        for i, param in enumerate(group["params"]):
-            if param.grad is None:
-                continue
-            if needs_loss and loss is None:
-                raise RuntimeError(
-                    "variant='irprop+' compares the loss with that of the step before, but got none: call "
-                    "step(closure) with a closure that returns it, or step(loss=loss)"
-                )
-            if needs_loss and not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
-                raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}")
-            if param.grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"Rprop does not support sparse gradients: that of {_name(group, i)} is {param.grad.layout}: make "
-                    "it dense (sparse=False in nn.Embedding, or param.grad = param.grad.to_dense() before the step)"
-                )
-            if compiling:
-                continue
-            if group["capturable"] and param.device.type == "cpu":
-                raise RuntimeError(
-                    "If capturable=True, params and state_steps must be on an accelerator, but "
-                    f"{_name(group, i)} is on the CPU: leave capturable=False"
-                )
-            if param.is_cuda and not group["capturable"] and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "Attempting CUDA graph capture of step() for an instance of Rprop but param_groups' capturable is "
-                    "False: pass capturable=True"
-                )

@@ -1,0 +1,49 @@
+"""Closures that are evaluated more than once in a step, which is right only if they make the gradients anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def evaluate_anew(closure: Callable[[], float], groups: list[dict[str, Any]]) -> float:
+    """Evaluate a closure that must make the gradients anew, and refuse one that does not.
+
+    Gradients of NaN are put in its way: a closure that accumulates adds to them, one that does nothing leaves all.
+
+    Args:
+        closure: Zeroes the gradients, evaluates the model, calls ``backward`` and returns the loss.
+        groups: The optimizer's parameter groups.
+
+    Returns:
+        What the closure returned.
+
+    Raises:
+        RuntimeError: If the closure did not zero the gradients; they are then as they were before.
+    """
+    params = [p for group in groups for p in group["params"] if p.requires_grad and p.numel() > 0]
+    grads = [p.grad for p in params]
+    for p in params:
+        p.grad = torch.full_like(p, torch.nan, requires_grad=False)
+    markers = [(p.grad, p.grad._version) for p in params]
+    try:
+        loss = closure()
+        stayed = [(p.grad is marker, marker._version == v) for p, (marker, v) in zip(params, markers, strict=True)]
+        untouched = [same and unchanged for same, unchanged in stayed]
+        added_to = [p.grad for p, (same, unchanged) in zip(params, stayed, strict=True) if same and not unchanged]
+        if params and (all(untouched) or any(bool(grad.isnan().all()) for grad in added_to)):
+            raise RuntimeError(
+                f"max_iter={groups[0]['max_iter']} evaluates the closure anew, but it did not zero the "
+                "gradients: let it call zero_grad() and backward(), as for torch.optim.LBFGS. With gradient "
+                "accumulation, and in manual optimization, use max_iter=1"
+            )
+    except BaseException:
+        untouched = [True] * len(params)
+        raise
+    finally:
+        for p, grad, restore in zip(params, grads, untouched, strict=True):
+            if restore:  # all if it failed, else those that the closure has nothing to do with
+                p.grad = grad
+    return loss
