@@ -21,10 +21,12 @@ class Net(pl.LightningModule):
         self.log("loss", loss, batch_size=len(batch))
         if self.automatic_optimization:
             return loss
-        for optimizer in [self.optimizers()] if not isinstance(self.optimizers(), list) else self.optimizers():
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss)
-        for optimizer in [self.optimizers()] if not isinstance(self.optimizers(), list) else self.optimizers():
+        for optimizer in optimizers:
             optimizer.step()
         return None
 
@@ -66,3 +68,23 @@ def trainer(tmp_path, callbacks=(), package=pl, **kwargs):
         "num_sanity_val_steps": 0,
     }
     return package.Trainer(callbacks=list(callbacks), **(defaults | kwargs))
+
+
+def all_equal(a, b):
+    """Whether two lists of tensors are the same, to the last bit."""
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def fit_in_two_parts(tmp_path, whole, first, second, batches):
+    """The parameters of three modules, by how their optimizers are made.
+
+    One is fitted to the end; one half-way; and one from the checkpoint of that on to the end.
+    """
+    modules = Net(whole), Net(first), Net(second)
+    trainer(tmp_path, max_epochs=8).fit(modules[0], Batches(batches))
+    fit = trainer(tmp_path, max_epochs=4)
+    fit.fit(modules[1], Batches(batches))
+    fit.save_checkpoint(tmp_path / "half.ckpt")
+    fit = trainer(tmp_path, max_epochs=8)
+    fit.fit(modules[2], Batches(batches), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    return [list(module.parameters()) for module in modules]

@@ -11,6 +11,7 @@ import pytest
 import lightning_rprop
 from lightning_rprop import Rprop, RpropConf, StepSizeMonitor, StepSizeMonitorConf
 from lightning_rprop.config import CONFIGS, Variant
+from lightning_rprop.optim.variants import AT_FLIP
 from lightning_rprop.optim.variants import Variant as VariantName
 
 PAIRS = pytest.mark.parametrize(("cls", "conf"), [(Rprop, RpropConf), (StepSizeMonitor, StepSizeMonitorConf)])
@@ -42,7 +43,7 @@ def test_docstring_names_each_argument(cls, conf):
 
 
 def test_variants():
-    assert [v.value for v in Variant] == [v.name for v in Variant] == list(get_args(VariantName))
+    assert [v.value for v in Variant] == [v.name for v in Variant] == list(get_args(VariantName)) == list(AT_FLIP)
 
 
 def test_every_config_is_of_a_public_class():

@@ -1,6 +1,5 @@
 """The four variants: every path equals the scalar twin, on tapes that tell wrong rules apart, and at random."""
 
-import inspect
 import math
 from itertools import pairwise
 
@@ -10,12 +9,13 @@ import torch.distributed.checkpoint as dcp
 import twin as twin_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lit import Batches, Net, trainer
+from lit import Batches, Net, all_equal, fit_in_two_parts, trainer
+from mutation import mutated, put_mutant_in
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from twin import ROUND, twin
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim import dispatch, foreach, update
+from lightning_rprop.optim import foreach, update
 from lightning_rprop.optim.variants import AT_FLIP
 
 VARIANTS = tuple(AT_FLIP)
@@ -221,17 +221,12 @@ WRONG = {
 }
 
 
-def mutate(module, old, new):
-    source = inspect.getsource(module)
-    assert old in source, "the mutation no longer fits the source"
-    source = source.replace(old, new)
-    if module is twin_module:  # what some mutants refer to
-        source = source.replace("    last_move = 0.0\n", "    last_move = late = 0.0\n    older = math.inf\n")
-        source = source.replace("    w = rounded(w)\n", "    w = rounded(w)\n    evaluate_first = 1.0\n")
-        source = source.replace("        s = sign(g)", "        D0 = D\n        s = sign(g)")
-    namespace = {"__name__": module.__name__}
-    exec(compile(source, "<mutant>", "exec"), namespace)
-    return namespace
+# What some of them refer to.
+NAMES_FOR_WRONG = (
+    ("    last_move = 0.0\n", "    last_move = late = 0.0\n    older = math.inf\n"),
+    ("    w = rounded(w)\n", "    w = rounded(w)\n    evaluate_first = 1.0\n"),
+    ("        s = sign(g)", "        D0 = D\n        s = sign(g)"),
+)
 
 
 def told_apart(run):
@@ -246,7 +241,7 @@ def told_apart(run):
 
 @pytest.mark.parametrize("mutation", WRONG.values(), ids=WRONG)
 def test_the_tapes_tell_a_wrong_rule_apart(mutation):
-    wrong = mutate(twin_module, *mutation)["twin"]
+    wrong = mutated(twin_module, mutation, *NAMES_FOR_WRONG)["twin"]
     assert told_apart(lambda variant, tape: by_twin(variant, tape, source=wrong))
     assert not told_apart(by_twin)
 
@@ -259,7 +254,7 @@ WRONG_CODE = {
     ),
     "takes back when the loss fell": (("& ~take_back", "& take_back"), ("& ~take_back", "& take_back")),
     "always takes back": (("forget and take_back is not True", "forget and take_back is False"),) * 2,
-    "never takes back": (("if take_back is not False:", "if False:"),) * 2,
+    "never takes back": (("if take_back is False:", "if True:"),) * 2,
     "rprop- forgets": (("if forget else grad", "if True else grad"), ("if forget:", "if True:")),
     "does not forget": (("if forget else grad", "if False else grad"), ("if forget:", "if False:")),
     "multiplies gradients": (
@@ -279,8 +274,7 @@ WRONG_CODE = {
 @pytest.mark.parametrize("module", [update, foreach], ids=["update", "foreach"])
 @pytest.mark.parametrize("mutations", WRONG_CODE.values(), ids=WRONG_CODE)
 def test_the_tapes_tell_wrong_code_apart(mutations, module, monkeypatch):
-    name = "update" if module is update else "update_foreach"
-    monkeypatch.setattr(dispatch, name, mutate(module, *mutations[module is foreach])[name])
+    put_mutant_in(monkeypatch, module, mutations[module is foreach])
     tiny = [(1e-200 * g, loss) for g, loss in TAPES["flips"]]
     monkeypatch.setitem(TAPES, "underflow", tiny)
     assert told_apart(lambda variant, tape: by_rprop(variant, tape, foreach=module is foreach))
@@ -502,13 +496,8 @@ def test_through_a_lightning_checkpoint(variant, tmp_path):
     def make(module):
         return Rprop(module.parameters(), lr=0.1, variant=variant)
 
-    whole, half, resumed = Net(make), Net(make), Net(make)
-    trainer(tmp_path, max_epochs=8).fit(whole, Batches(5))
-    fit = trainer(tmp_path, max_epochs=4)
-    fit.fit(half, Batches(5))
-    fit.save_checkpoint(tmp_path / "half.ckpt")
-    trainer(tmp_path, max_epochs=8).fit(resumed, Batches(5), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
-    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+    whole, _, resumed = fit_in_two_parts(tmp_path, make, make, make, batches=5)
+    assert all_equal(whole, resumed)
     raw = Net(make)
     optimizer, batch, losses = make(raw), next(iter(Batches(1))), []
     for _ in range(40):
@@ -518,7 +507,7 @@ def test_through_a_lightning_checkpoint(variant, tmp_path):
         losses.append(loss.item())
         optimizer.step(loss=loss)
     assert any(b > a for a, b in pairwise(losses))
-    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), raw.parameters(), strict=True))
+    assert all_equal(whole, raw.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
@@ -551,14 +540,14 @@ def test_through_a_distributed_checkpoint_into_a_fresh_optimizer(options, tmp_pa
 
     fresh_net, fresh = make()
     state = {"net": fresh_net.state_dict(), "optimizer": get_optimizer_state_dict(fresh_net, fresh)}
-    assert all(torch.equal(p, q) for p, q in zip(fresh_net.parameters(), make()[0].parameters(), strict=True))
+    assert all_equal(fresh_net.parameters(), make()[0].parameters())
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     fresh_net.load_state_dict(state["net"])
     set_optimizer_state_dict(fresh_net, fresh, state["optimizer"])
     if "variant" in options:
         assert fresh.state[next(fresh_net.parameters())]["prev_loss"].item() == losses[-1]
     assert go(net, optimizer, 9) == go(fresh_net, fresh, 9)
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), fresh_net.parameters(), strict=True))
+    assert all_equal(net.parameters(), fresh_net.parameters())
     assert fresh.param_groups[0]["lr"] == 0.1
 
 
@@ -701,7 +690,7 @@ def test_max_iter_in_lightning(manual, accumulate, tmp_path):
     fit.fit(module, Batches(2))
     whole = Net(plain)
     trainer(tmp_path, max_epochs=1).fit(whole, Batches(20))
-    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), whole.parameters(), strict=True))
+    assert all_equal(module.parameters(), whole.parameters())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -6,9 +6,10 @@ import inspect
 import pytest
 import torch
 from cases import DTYPES, SHARED, assert_same, gradients, parameters, run
+from mutation import put_mutant_in
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim import dispatch, foreach, rprop, update
+from lightning_rprop.optim import foreach, rprop, update
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 
@@ -72,17 +73,11 @@ MUTANTS = {
 )
 def test_a_wrong_rule_does_not_pass(module, mutation, monkeypatch):
     old, new = MUTANTS[module][mutation]
-    source = inspect.getsource(module)
-    assert source.count(old) == 1, "the mutation no longer fits the source"
-    source = source.replace(old, new)
+    assert inspect.getsource(module).count(old) == 1, "the mutation no longer fits the source"
+    edits = [(old, new)]
     if new == "sign, before,":
-        source = source.replace(
-            "        # compare signs", "        before = step_size.clone()\n        # compare signs", 1
-        )
-    namespace = {}
-    exec(compile(source, f"<{mutation}>", "exec"), namespace)
-    name = "update" if module is update else "update_foreach"
-    monkeypatch.setattr(dispatch, name, namespace[name])
+        edits.append(("        # compare signs", "        before = step_size.clone()\n        # compare signs"))
+    put_mutant_in(monkeypatch, module, *edits)
 
     def all_cases():
         for kwargs in SHARED.values():
@@ -93,7 +88,7 @@ def test_a_wrong_rule_does_not_pass(module, mutation, monkeypatch):
 
 
 def test_hand_computed_trace():
-    """g = 1, 1, 1, -1, 1, -1, -1, 0, -1 with D0 = 0.1, in exact binary fractions of it."""
+    """Weight, step size and stored gradient after each step, all of them exact in binary."""
     w = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = Rprop([w], lr=1.0, etas=(0.5, 2.0), step_sizes=(0.25, 4.0))
     seen = []

@@ -38,17 +38,11 @@ def check_step(groups: list[dict[str, Any]], loss: float | Tensor | None) -> Non
     """Refuse what would fail half-way through a step."""
     compiling = torch.compiler.is_compiling()  # the compiler looks after graph capture itself
     for group in groups:
-        needs_loss = AT_FLIP[group["variant"]].take_back is None
+        if AT_FLIP[group["variant"]].take_back is None and any(param.grad is not None for param in group["params"]):
+            _check_loss(loss)
         for i, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
-            if needs_loss and loss is None:
-                raise RuntimeError(
-                    "variant='irprop+' compares the loss with that of the step before, but got none: call "
-                    "step(closure) with a closure that returns it, or step(loss=loss)"
-                )
-            if needs_loss and not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
-                raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}")
             if param.grad.layout is not torch.strided:
                 raise RuntimeError(
                     f"Rprop does not support sparse gradients: that of {name_of(group, i)} is {param.grad.layout}: "
@@ -66,3 +60,14 @@ def check_step(groups: list[dict[str, Any]], loss: float | Tensor | None) -> Non
                     "Attempting CUDA graph capture of step() for an instance of Rprop but param_groups' capturable is "
                     "False: pass capturable=True"
                 )
+
+
+def _check_loss(loss: float | Tensor | None) -> None:
+    """Refuse what iRprop+ cannot compare."""
+    if loss is None:
+        raise RuntimeError(
+            "variant='irprop+' compares the loss with that of the step before, but got none: call "
+            "step(closure) with a closure that returns it, or step(loss=loss)"
+        )
+    if not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
+        raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}")

@@ -66,13 +66,12 @@ def dispatch(
         foreach = not differentiable and all(
             type(p) in (Tensor, torch.nn.Parameter) and p.device.type in _FOREACH_DEVICES for p in params
         )
-    rows = zip(params, grads, prevs, step_sizes, strict=True)
     if not foreach or torch.compiler.is_compiling():  # the compiler fuses the plain loop itself, across all tensors
-        yield update, [list(column) for column in zip(*rows, strict=True)]
+        yield update, [params, grads, prevs, step_sizes]
         return
     # foreach kernels take tensors of one device and dtype
     batches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
-    for row in rows:
+    for row in zip(params, grads, prevs, step_sizes, strict=True):
         batches.setdefault((row[0].device, row[0].dtype), []).append(row)
     for batch in batches.values():
         yield update_foreach, [list(column) for column in zip(*batch, strict=True)]

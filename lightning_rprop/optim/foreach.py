@@ -47,8 +47,9 @@ def update_foreach(
     torch._foreach_clamp_max_(step_sizes, step_size_max)
 
     # move; where the sign changed back by the last step size, or not at all
-    distances = step_sizes
-    if take_back is not False:
+    if take_back is False:
+        distances = step_sizes
+    else:
         distances = [torch.where(*row) for row in zip(flipped, lasts, step_sizes, strict=True)]
     if forget and take_back is not True:
         for sign, flip in zip(signs, flipped, strict=True):

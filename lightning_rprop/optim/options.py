@@ -113,7 +113,7 @@ def check_dtypes(options: Mapping[str, Any], params: Iterable[tuple[str, Tensor]
             ``etaminus`` so, ``torch.optim.Rprop`` stops training silently), or a step size overflows it.
     """
     etaminus, etaplus = options["etas"]
-    lr = options["lr"].item() if isinstance(options["lr"], Tensor) else options["lr"]
+    lr = initial_step_size(options)
     largest = max(lr, options["step_sizes"][1], etaplus)
     for name, param in params:
         if not (param.is_floating_point() or param.is_complex()):
@@ -131,6 +131,11 @@ def check_dtypes(options: Mapping[str, Any], params: Iterable[tuple[str, Tensor]
                 f"is {info.max}: got lr={lr}, etas={options['etas']}, "
                 f"step_sizes={options['step_sizes']}: choose smaller ones, or parameters of a wider dtype"
             )
+
+
+def initial_step_size(options: Mapping[str, Any]) -> float:
+    """Give ``lr``, a number or a tensor of one element, as a number."""
+    return options["lr"].item() if isinstance(options["lr"], Tensor) else options["lr"]
 
 
 def _number(name: str, value: Any) -> float:

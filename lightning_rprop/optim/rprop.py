@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from lightning_rprop.optim.checks import check_state, check_step, name_of
 from lightning_rprop.optim.closure import evaluate_anew
 from lightning_rprop.optim.functional import rprop
-from lightning_rprop.optim.options import LATER_OPTIONS, check_dtypes, check_options
+from lightning_rprop.optim.options import LATER_OPTIONS, check_dtypes, check_options, initial_step_size
 from lightning_rprop.optim.variants import AT_FLIP, Variant
 
 __all__ = ["Rprop", "rprop"]
@@ -291,7 +291,7 @@ class Rprop(Optimizer):
             state = self.state[p]
             if "step_size" not in state:
                 # made from the parameter: its device, its memory format, its sharding
-                lr = group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"]
+                lr = initial_step_size(group)
                 state["step"] = _counter(p, group["capturable"])
                 state["prev"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["step_size"] = torch.full_like(

@@ -77,8 +77,9 @@ def update(
 
         # move; where the sign changed back by the last step size, or not at all (autograd keeps what it multiplied:
         # give it a copy of the live state)
-        distance = step_size.clone() if differentiable else step_size
-        if take_back is not False:
+        if take_back is False:
+            distance = step_size.clone() if differentiable else step_size
+        else:
             distance = torch.where(flipped, last, step_size)
         if forget and take_back is not True:
             sign = sign.masked_fill(flipped if take_back is False else flipped & ~take_back.to(flipped.device), 0)
