@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import OrderedDict
 from enum import Enum
 from types import SimpleNamespace
@@ -85,12 +86,24 @@ BAD = {
     "variant-none": ({"variant": None}, ValueError, "Invalid variant: None"),
     "max_iter-0": ({"max_iter": 0}, ValueError, "Invalid max_iter value: 0: max_iter must be an integer >= 1"),
     "max_iter-float": ({"max_iter": 1.5}, TypeError, r"max_iter must be an integer >= 1, got 1.5 \(float\)"),
-    "fused-later": ({"fused": True}, NotImplementedError, "fused=True is not implemented yet"),
     "maximize-text": ({"maximize": "false"}, TypeError, "maximize must be one of True, False, got 'false'"),
     "foreach-text": ({"foreach": "no"}, TypeError, "foreach must be one of True, False, None, got 'no'"),
     "capturable-none": ({"capturable": None}, TypeError, "capturable must be one of True, False, got None"),
+    "fused-text": ({"fused": "yes"}, TypeError, "fused must be one of True, False, None, got 'yes'"),
+    "fused-foreach": ({"fused": True, "foreach": True}, ValueError, "`fused` and `foreach` cannot be `True` together"),
+    "fused-differentiable": (
+        {"fused": True, "differentiable": True},
+        ValueError,
+        "`fused` does not support `differentiable`: leave fused=None",
+    ),
     "both": ({"foreach": True, "differentiable": True}, ValueError, "foreach=True and differentiable=True exclude"),
 }
+
+# The implementations, by the argument that chooses them: where foreach is left alone, it is a fused one that serves.
+PATHS = {"single": False, "foreach": True, "fused": None}
+
+# Whether the fused one is Triton's, run by its interpreter (test_triton.py runs tests so), instead of Numba's.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Arguments that mean nothing in a dtype, with the dtype.
 BAD_IN_DTYPE = {

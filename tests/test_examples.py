@@ -1,5 +1,6 @@
 """The programs beside the app: they run, and their numbers are right."""
 
+import json
 import re
 import subprocess
 import sys
@@ -80,3 +81,35 @@ def test_variants_benchmark_runs():
     assert min(medians[0]) == medians[0][1]  # parallel axes: rprop- is the fastest
     assert max(medians[1][2:]) < min(medians[1][:2])  # turned: both improved rules are
     assert "no problem foo; there are digits" in run(ROOT, "-m", "benchmarks.variants", "--only", "foo", fails=True)
+
+
+def test_budget_benchmark_runs():
+    output = run(ROOT, "-m", "benchmarks.budget", "--seconds", "0.1", "--starts", "1", "--only", "ellipsoid")
+    _, *cells = re.search(r"^\| (ellipsoid.*) \|$", output, flags=re.MULTILINE)[1].split(" | ")
+    assert len(cells) == 4
+    assert all(float(cell.split()[0]) < 1 for cell in cells)
+    assert "at least 1, got 0" in run(ROOT, "-m", "benchmarks.budget", "--starts", "0", fails=True)
+
+
+def test_step_benchmark_prints_and_writes_its_table(tmp_path):
+    file = tmp_path / "step.json"
+    output = run(ROOT, "-m", "benchmarks.step", "--seconds", "0.1", "--only", "small,memory", "--json", str(file))
+    figures = json.loads(file.read_text())
+    rows = figures["rows"]
+    assert [row["peer"] for row in rows[:3]] == ["torch Rprop for-loop", "torch Rprop foreach", "torch SGD fused"]
+    assert len(rows) == 3 + 2
+    for row in rows:
+        assert f"| {row['case']} | {row['peer']} | {row['ours']:.4g} {row['unit']} | {row['theirs']:.4g} " in output
+    assert rows[3]["ours"] < 0.1 < rows[4]["theirs"]  # bytes per parameter
+    assert figures["machine"]["torch"] == torch.__version__
+    assert "no case foo; there are resnet50" in run(ROOT, "-m", "benchmarks.step", "--only", "foo", fails=True)
+
+
+def test_step_benchmark_counts_the_right_bytes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.step import CASES, bytes_moved
+
+    assert bytes_moved(CASES["resnet50"]) == 7 * 4 * 25_557_032
+    assert bytes_moved(CASES["gpt2"]) == 7 * 4 * 124_439_808
+    assert bytes_moved(CASES["small"]) == 7 * 4 * 1_377
+    assert bytes_moved(CASES["bfloat16"]) == 7 * 2 * 25_557_032

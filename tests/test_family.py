@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import twin as twin_module
+from cases import INTERPRETED, PATHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lit import Batches, Net, all_equal, fit_in_two_parts, trainer
@@ -18,8 +19,13 @@ from lightning_rprop import Rprop
 from lightning_rprop.optim import foreach, update
 from lightning_rprop.optim.variants import AT_FLIP
 
+if INTERPRETED:
+    from lightning_rprop.optim import fused_cuda as fused_kernel
+else:
+    from lightning_rprop.optim import fused_cpu_kernel as fused_kernel
+
 VARIANTS = tuple(AT_FLIP)
-PATHS = pytest.mark.parametrize("path", [{"foreach": False}, {"foreach": True}], ids=["single", "foreach"])
+BY_PATH = pytest.mark.parametrize("path", [{"foreach": value} for value in PATHS.values()], ids=PATHS)
 INF, NAN = math.inf, math.nan
 OPTIONS = {"lr": 0.5, "etas": (0.5, 1.2), "step_sizes": (0.2, 1.0)}
 
@@ -75,7 +81,7 @@ def cast(tape, rounded):
     return [(g if math.isnan(g) or math.isinf(g) else rounded(g), loss) for g, loss in tape]
 
 
-@PATHS
+@BY_PATH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tape", TAPES.values(), ids=TAPES)
@@ -84,7 +90,7 @@ def test_equals_the_twin(variant, tape, dtype, path):
     assert by_rprop(variant, tape, dtype, **path) == by_twin(variant, cast(tape, rounded), rounded)
 
 
-@PATHS
+@BY_PATH
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tape", TAPES.values(), ids=TAPES)
 def test_maximizing_the_negative_is_the_same_path(variant, tape, path):
@@ -93,7 +99,7 @@ def test_maximizing_the_negative_is_the_same_path(variant, tape, path):
     assert rows == by_twin(variant, tape)
 
 
-@PATHS
+@BY_PATH
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_first_tapes_by_hand(variant, path):
     """Moves at two flips: the first with a risen loss, the second with a fallen one. D: 1, 2, 1, 1, 0.5."""
@@ -116,7 +122,7 @@ FUNCTIONS = {
 }
 
 
-@PATHS
+@BY_PATH
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_equals_the_twin_on_functions(variant, function, path):
@@ -145,7 +151,7 @@ def ripple(w):
     return (w.square() + 0.3 * torch.sin(12 * w)).sum() + (w[0] * w[1]).cos() + w[2].abs()
 
 
-@PATHS
+@BY_PATH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("function", [rosenbrock, ripple])
@@ -172,7 +178,7 @@ def test_each_weight_of_a_coupled_function_follows_the_twin(function, variant, d
         assert [tuple(values[i] for values in row) for row in rows] == list(path_of_twin)
 
 
-@PATHS
+@BY_PATH
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_weight_decay_is_added_before_the_sign_is_taken(variant, maximize, path):
@@ -229,55 +235,103 @@ NAMES_FOR_WRONG = (
 )
 
 
+def numbers(rows):
+    """The rows in a form in which NaN equals itself, and 1 equals 1.0."""
+    return [["NaN" if math.isnan(value) else value for value in row] for row in rows]
+
+
 def told_apart(run):
-    """On which tapes and variants the rows differ from the twin's; NaN in a row equals itself here."""
-    return [
-        (name, variant)
-        for name, tape in TAPES.items()
+    """Whether the rows differ from the twin's on any tape, for any variant."""
+    return any(
+        numbers(run(variant, tape)) != numbers(by_twin(variant, tape))
+        for tape in TAPES.values()
         for variant in VARIANTS
-        if str(run(variant, tape)) != str(by_twin(variant, tape))
-    ]
+    )
 
 
 @pytest.mark.parametrize("mutation", WRONG.values(), ids=WRONG)
 def test_the_tapes_tell_a_wrong_rule_apart(mutation):
-    wrong = mutated(twin_module, mutation, *NAMES_FOR_WRONG)["twin"]
+    wrong = mutated(twin_module, mutation, *NAMES_FOR_WRONG).twin
     assert told_apart(lambda variant, tape: by_twin(variant, tape, source=wrong))
     assert not told_apart(by_twin)
 
 
-# The same for the implementations: what to change in update.py and in foreach.py.
+# The same for the implementations: what to change in update.py, in foreach.py, in Numba's kernel and in Triton's.
 WRONG_CODE = {
     "takes back by the shrunk step size": (
         ("else step_size.clone()", "else step_size"),
         ("step_size.clone() for step_size", "step_size for step_size"),
+        ("distance = before if flipped and take_back else step_size", "distance = step_size"),
+        ("distance = tl.where(flipped & take_back, before, step_size)", "distance = step_size"),
     ),
-    "takes back when the loss fell": (("& ~take_back", "& take_back"), ("& ~take_back", "& take_back")),
-    "always takes back": (("forget and take_back is not True", "forget and take_back is False"),) * 2,
-    "never takes back": (("if take_back is False:", "if True:"),) * 2,
-    "rprop- forgets": (("if forget else grad", "if True else grad"), ("if forget:", "if True:")),
-    "does not forget": (("if forget else grad", "if False else grad"), ("if forget:", "if False:")),
+    "takes back when the loss fell": (
+        ("& ~take_back", "& take_back"),
+        ("& ~take_back", "& take_back"),
+        ("forget and not take_back", "forget and take_back"),
+        ("take_back == 0", "take_back != 0"),
+    ),
+    "always takes back": (
+        ("forget and take_back is not True", "forget and take_back is False"),
+        ("forget and take_back is not True", "forget and take_back is False"),
+        ("        for i in range", "        take_back = True\n        for i in range"),
+        ("else tl.load(take_back_at)", "else True"),
+    ),
+    "never takes back": (
+        ("if take_back is False:", "if True:"),
+        ("if take_back is False:", "if True:"),
+        ("before if flipped and take_back", "before if False"),
+        ("flipped & take_back, before", "flipped & False, before"),
+    ),
+    "rprop- forgets": (
+        ("if forget else grad", "if True else grad"),
+        ("if forget:", "if True:"),
+        ("and forget else grad", "else grad"),
+        ("if FORGET:\n        grad", "if True:\n        grad"),
+    ),
+    "does not forget": (
+        ("if forget else grad", "if False else grad"),
+        ("if forget:", "if False:"),
+        ("zero if flipped and forget else grad", "grad"),
+        ("if FORGET:\n        grad", "if False:\n        grad"),
+    ),
     "multiplies gradients": (
         ("sign * prev.sign()", "(grad * prev).sign()"),
         (
             "(signs, torch._foreach_sign(prevs))",
             "([g.mul(p).sign() for g, p in zip(grads, prevs)], [1.0] * len(prevs))",
         ),
+        ("sign * sign_of(prev)", "sign_of(grad * prev)"),
+        (
+            "sign * ((prev > 0).to(NUMBER) - (prev < 0).to(NUMBER))",
+            "(grad * prev > 0).to(NUMBER) - (grad * prev < 0).to(NUMBER)",
+        ),
     ),
     "remembers NaN": (
         ("torch.where(grad.isnan(), prev, grad)", "grad.clone()"),
         ("torch.where(grad.isnan(), prev, grad) for", "grad.clone() for"),
+        ("grad = grad if grad == grad else prev", "pass"),
+        ("grad = tl.where(grad == grad, grad, prev)", "pass"),
     ),
 }
 
 
-@pytest.mark.parametrize("module", [update, foreach], ids=["update", "foreach"])
+@pytest.fixture
+def underflow(monkeypatch):
+    monkeypatch.setitem(TAPES, "underflow", [(1e-200 * g, loss) for g, loss in TAPES["flips"]])
+
+
+@pytest.mark.parametrize("module", [update, foreach, fused_kernel], ids=PATHS)
 @pytest.mark.parametrize("mutations", WRONG_CODE.values(), ids=WRONG_CODE)
-def test_the_tapes_tell_wrong_code_apart(mutations, module, monkeypatch):
-    put_mutant_in(monkeypatch, module, mutations[module is foreach])
-    tiny = [(1e-200 * g, loss) for g, loss in TAPES["flips"]]
-    monkeypatch.setitem(TAPES, "underflow", tiny)
-    assert told_apart(lambda variant, tape: by_rprop(variant, tape, foreach=module is foreach))
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
+def test_the_tapes_tell_wrong_code_apart(mutations, module, underflow, monkeypatch):
+    which = [update, foreach, fused_kernel].index(module)
+    put_mutant_in(monkeypatch, module, mutations[3 if INTERPRETED and which == 2 else which])
+    assert told_apart(lambda variant, tape: by_rprop(variant, tape, foreach=[*PATHS.values()][which]))
+
+
+@BY_PATH
+def test_the_tapes_do_not_tell_right_code_apart(path, underflow):
+    assert not told_apart(lambda variant, tape: by_rprop(variant, tape, **path))
 
 
 # ----------------------------------------------------------------------------------------------------- at random
@@ -328,7 +382,7 @@ def test_all_paths_at_once_on_random_histories(history, etas, bounds, lr, maximi
         first, *others = (
             rows_by_cut(cut, variant, history, foreach, maximize=maximize, **options)
             for cut in ("joined", "split", "complex")
-            for foreach in (False, True)
+            for foreach in PATHS.values()
         )
         assert all(torch.equal(first, other) for other in others)
         assert bounds[0] <= first[:, 1].min() <= first[:, 1].max() <= bounds[1]

@@ -5,16 +5,22 @@ import inspect
 
 import pytest
 import torch
-from cases import DTYPES, SHARED, assert_same, gradients, parameters, run
+from cases import DTYPES, INTERPRETED, PATHS, SHARED, assert_same, gradients, parameters, run
 from mutation import put_mutant_in
 
 from lightning_rprop import Rprop
 from lightning_rprop.optim import foreach, rprop, update
 
+if INTERPRETED:
+    from lightning_rprop.optim import fused_cuda as fused_kernel
+else:
+    from lightning_rprop.optim import fused_cpu_kernel as fused_kernel
+
+BY_PATH = pytest.mark.parametrize("use_foreach", PATHS.values(), ids=PATHS)
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 
 
-def assert_parity(dtype, kwargs, use_foreach, steps=40):
+def assert_parity(dtype, kwargs, use_foreach, steps=8 if INTERPRETED else 40):
     ours, theirs = parameters(dtype), parameters(dtype)
     assert_same(
         run(Rprop, ours, steps, **kwargs, foreach=use_foreach),
@@ -22,17 +28,14 @@ def assert_parity(dtype, kwargs, use_foreach, steps=40):
     )
 
 
-@pytest.mark.parametrize("use_foreach", [False, True], ids=["single", "foreach"])
+@BY_PATH
 @pytest.mark.parametrize("kwargs", SHARED.values(), ids=SHARED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_torch(dtype, kwargs, use_foreach):
     assert_parity(dtype, kwargs, use_foreach)
 
 
-def test_the_default_path_is_one_of_the_two():
-    ours = parameters(torch.float32)
-    assert_same(run(Rprop, ours, 40), run(torch.optim.Rprop, parameters(torch.float32), 40))
-
+IMPLEMENTATIONS = {update: False, foreach: True, fused_kernel: None}
 
 # The ways in which public implementations go wrong: what to change in the source, and to what.
 MUTANTS = {
@@ -67,6 +70,35 @@ MUTANTS = {
 }
 
 
+NUMBA_MUTANTS = {
+    "no zeroing after a flip": ("zero if flipped and forget else grad", "grad"),
+    "moves at a flip": ("if flipped and forget and not take_back:", "if False:"),
+    "one step stale": ("sign = sign_of(grad)", "sign = sign_of(prev)"),
+    "zero product is a flip": ("flipped = agreement < zero", "flipped = agreement <= zero"),
+    "factors swapped": ("etaplus if agreement > zero else etaminus", "etaminus if agreement > zero else etaplus"),
+    "step adapted after the move": ("distance = before if flipped and take_back else step_size", "distance = before"),
+    "no upper bound": ("step_size = step_size_max if step_size > step_size_max else step_size", "pass"),
+    "no lower bound": ("step_size = step_size_min if step_size < step_size_min else step_size", "pass"),
+    "maximize forgotten": ("if maximize:", "if False:"),
+    "the last elements of a row are left out": ("min(end - start, sizes[row])", "min(end - start, sizes[row] - 1)"),
+}
+TRITON_MUTANTS = {
+    "no zeroing after a flip": ("grad = tl.where(flipped, 0.0, grad)", "pass"),
+    "moves at a flip": ("sign = tl.where(flipped & (take_back == 0), 0.0, sign)", "pass"),
+    "one step stale": ("sign = (grad > 0).to(NUMBER) - (grad < 0)", "sign = (prev > 0).to(NUMBER) - (prev < 0)"),
+    "zero product is a flip": ("flipped = agreement < 0", "flipped = agreement <= 0"),
+    "factors swapped": (
+        "agreement > 0, etaplus, tl.where(flipped, etaminus, 1.0)",
+        "agreement > 0, etaminus, tl.where(flipped, etaplus, 1.0)",
+    ),
+    "no upper bound": ("step_size = tl.where(step_size > step_size_max, step_size_max, step_size)", "pass"),
+    "no lower bound": ("step_size = tl.where(step_size < step_size_min, step_size_min, step_size)", "pass"),
+    "maximize forgotten": ("if MAXIMIZE:", "if False:"),
+    "the next row": ("(firsts <= block).to(tl.int32)) - 1", "(firsts < block).to(tl.int32))"),
+}
+MUTANTS[fused_kernel] = TRITON_MUTANTS if INTERPRETED else NUMBA_MUTANTS
+
+
 @pytest.mark.parametrize(
     ("module", "mutation"),
     [pytest.param(m, x, id=f"{m.__name__.split('.')[-1]}: {x}") for m in MUTANTS for x in MUTANTS[m]],
@@ -81,7 +113,7 @@ def test_a_wrong_rule_does_not_pass(module, mutation, monkeypatch):
 
     def all_cases():
         for kwargs in SHARED.values():
-            assert_parity(torch.float32, kwargs, use_foreach=module is foreach)
+            assert_parity(torch.float32, kwargs, use_foreach=IMPLEMENTATIONS[module])
 
     with pytest.raises(AssertionError, match="differs"):
         all_cases()
@@ -113,7 +145,7 @@ def test_hand_computed_trace():
     ]
 
 
-@pytest.mark.parametrize("use_foreach", [False, True], ids=["single", "foreach"])
+@BY_PATH
 @pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
 def test_departure_signs_are_compared_not_multiplied(dtype, use_foreach):
     tiny = torch.finfo(dtype).smallest_normal
@@ -133,7 +165,7 @@ def test_departure_signs_are_compared_not_multiplied(dtype, use_foreach):
     assert torch.equal(theirs[1], torch.full((2,), 0.01, dtype=dtype))  # torch never adapts
 
 
-@pytest.mark.parametrize("use_foreach", [False, True], ids=["single", "foreach"])
+@BY_PATH
 @pytest.mark.parametrize("dtype", DTYPES[:4], ids=str)
 def test_departure_a_nan_entry_is_as_if_the_step_had_not_been(dtype, use_foreach):
     """In each element but the last, one more gradient is NaN; the element must go on as if it had been left out."""
@@ -151,7 +183,7 @@ def test_departure_a_nan_entry_is_as_if_the_step_had_not_been(dtype, use_foreach
     assert optimizer.state[p]["step_size"][-1] != 0.01
 
 
-@pytest.mark.parametrize("use_foreach", [False, True], ids=["single", "foreach"])
+@BY_PATH
 def test_infinite_gradients_have_a_sign(use_foreach):
     runs = []
     for g in (1.0, torch.inf):
@@ -165,7 +197,7 @@ def test_infinite_gradients_have_a_sign(use_foreach):
     assert torch.equal(runs[0][1], runs[1][1])
 
 
-@pytest.mark.parametrize("use_foreach", [False, True], ids=["single", "foreach"])
+@BY_PATH
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_decay_is_added_to_the_gradient(dtype, maximize, use_foreach):
@@ -175,7 +207,7 @@ def test_weight_decay_is_added_to_the_gradient(dtype, maximize, use_foreach):
     a = Rprop(ours, weight_decay=0.3, maximize=maximize, foreach=use_foreach)
     b = Rprop(by_hand, foreach=use_foreach)
     moved_apart = Rprop(without := parameters(dtype), maximize=maximize, foreach=use_foreach)
-    for step in range(30):
+    for step in range(6 if INTERPRETED else 30):
         for p, q, o, g in zip(ours, by_hand, without, gradients(ours, step), strict=True):
             p.grad = o.grad = g
             decayed = real(q.detach()) * 0.3 + (-real(g) if maximize else real(g))
@@ -187,7 +219,7 @@ def test_weight_decay_is_added_to_the_gradient(dtype, maximize, use_foreach):
     assert not all(torch.equal(real(p), real(o)) for p, o in zip(ours, without, strict=True))
 
 
-@pytest.mark.parametrize("use_foreach", [False, True], ids=["single", "foreach"])
+@BY_PATH
 def test_functional_form_equals_torchs(use_foreach):
     torch_rprop = importlib.import_module("torch.optim.rprop").rprop
     results = []

@@ -54,7 +54,12 @@ def test_lightning_snippet_trains_and_logs(folder):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("pip install")])
 def test_command_runs(command, folder):
-    budgets = {"examples/train.py": " trainer.max_epochs=2", "benchmarks.variants": " --starts 1 --only ellipsoid"}
+    budgets = {
+        "examples/train.py": " trainer.max_epochs=2",
+        "benchmarks.variants": " --starts 1 --only ellipsoid",
+        "benchmarks.step": " --seconds 0.1 --only small",
+        "benchmarks.budget": " --seconds 0.1 --starts 1 --only ellipsoid",
+    }
     output = run(command + next((b for name, b in budgets.items() if name in command), ""), folder)
     if "app.py" in command:
         assert "lr: 0.05" in output or "lr: 0.1" in output
@@ -63,5 +68,7 @@ def test_command_runs(command, folder):
         assert "initial step size" in output.lower()
     elif "examples" in command:
         assert "checkpoint" in output
+    elif "benchmarks.step" in command:
+        assert "| cpu, float32, 6 tensors, 1,377 parameters | torch Rprop for-loop |" in output
     elif "benchmarks" in command:
-        assert "| ellipsoid, condition 10^2, parallel axes | 1e-06 |" in output
+        assert "| ellipsoid, condition 10^2, parallel axes |" in output

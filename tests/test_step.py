@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import assert_same, gradients, parameters, proceed, run
+from cases import PATHS, assert_same, gradients, parameters, proceed, run
 
 from lightning_rprop import Rprop
 
-PATHS = pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+BY_PATH = pytest.mark.parametrize("foreach", PATHS.values(), ids=PATHS)
 
 
 def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
@@ -52,7 +52,7 @@ def test_step_hooks_run_in_order():
     assert seen[1][1] < 1.0
 
 
-@PATHS
+@BY_PATH
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"weight_decay": 0.1}], ids=str)
 def test_gradients_are_never_written_to(foreach, options):
     params = parameters(torch.float32) + parameters(torch.complex64)
@@ -67,7 +67,7 @@ def test_gradients_are_never_written_to(foreach, options):
         assert all(p.grad is g for p, g in zip(params, grads, strict=True))
 
 
-@PATHS
+@BY_PATH
 def test_parameters_without_gradient_are_left_alone(foreach):
     runs = []
     for cls in (Rprop, torch.optim.Rprop):
@@ -92,7 +92,7 @@ def test_no_gradient_at_all_and_empty_group_are_no_ops():
     Rprop([{"params": []}]).step()
 
 
-@PATHS
+@BY_PATH
 def test_groups_have_their_own_options_and_come_in_mid_run(foreach):
     runs = []
     for cls in (Rprop, torch.optim.Rprop):
@@ -110,14 +110,14 @@ def test_groups_have_their_own_options_and_come_in_mid_run(foreach):
     assert not torch.equal(runs[0].params[3], proceed(alone, 5, seed=1).params[3])
 
 
-@PATHS
+@BY_PATH
 def test_mixed_dtypes_in_one_group(foreach):
     kinds = (torch.float32, torch.bfloat16, torch.complex64, torch.float64)
     ours, theirs = ([p for d in kinds for p in parameters(d)] for _ in range(2))
     assert_same(run(Rprop, ours, 15, foreach=foreach), run(torch.optim.Rprop, theirs, 15, foreach=foreach))
 
 
-@PATHS
+@BY_PATH
 def test_sparse_gradient_is_refused_before_anything_moves(foreach):
     params = [torch.ones(2, 2, requires_grad=True) for _ in range(3)]
     optimizer = Rprop([{"params": params[:1]}, {"params": params[1:]}], foreach=foreach)

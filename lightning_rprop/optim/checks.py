@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_rprop.optim.dispatch import check_fused
 from lightning_rprop.optim.variants import AT_FLIP
 
 # The state of a parameter, with torch.optim.Rprop's keys and meanings.
@@ -34,32 +36,49 @@ def check_state(name: str, param: Tensor, state: dict[str, Any]) -> None:
             )
 
 
-def check_step(groups: list[dict[str, Any]], loss: float | Tensor | None) -> None:
+def check_step(groups: list[dict[str, Any]], states: Mapping[Tensor, Any], loss: float | Tensor | None) -> None:
     """Refuse what would fail half-way through a step."""
-    compiling = torch.compiler.is_compiling()  # the compiler looks after graph capture itself
     for group in groups:
-        if AT_FLIP[group["variant"]].take_back is None and any(param.grad is not None for param in group["params"]):
+        params = group["params"]
+        grads = [param.grad for param in params]
+        layouts = {grad.layout for grad in grads if grad is not None}
+        if not layouts:
+            continue
+        if AT_FLIP[group["variant"]].take_back is None:
             _check_loss(loss)
-        for i, param in enumerate(group["params"]):
-            if param.grad is None:
-                continue
-            if param.grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"Rprop does not support sparse gradients: that of {name_of(group, i)} is {param.grad.layout}: "
-                    "make it dense (sparse=False in nn.Embedding, or param.grad = param.grad.to_dense())"
-                )
-            if compiling:
-                continue
-            if group["capturable"] and param.device.type == "cpu":
-                raise RuntimeError(
-                    "If capturable=True, params and state_steps must be on an accelerator, but "
-                    f"{name_of(group, i)} is on the CPU: leave capturable=False"
-                )
-            if param.is_cuda and not group["capturable"] and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "Attempting CUDA graph capture of step() for an instance of Rprop but param_groups' capturable is "
-                    "False: pass capturable=True"
-                )
+        if layouts != {torch.strided}:
+            i, grad = next((i, g) for i, g in enumerate(grads) if g is not None and g.layout is not torch.strided)
+            raise RuntimeError(
+                f"Rprop does not support sparse gradients: that of {name_of(group, i)} is {grad.layout}: "
+                "make it dense (sparse=False in nn.Embedding, or param.grad = param.grad.to_dense())"
+            )
+        if torch.compiler.is_compiling():  # the compiler looks after graph capture itself
+            continue
+        if group["fused"]:
+            present = [i for i, grad in enumerate(grads) if grad is not None]
+            check_fused([name_of(group, i) for i in present], [_row(params[i], grads[i], states) for i in present])
+        if group["capturable"]:
+            for i, param in enumerate(params):
+                if param.is_cpu and grads[i] is not None:
+                    raise RuntimeError(
+                        "If capturable=True, params and state_steps must be on an accelerator, but "
+                        f"{name_of(group, i)} is on the CPU: leave capturable=False"
+                    )
+        elif _is_capturing() and any(param.is_cuda for param in params):
+            raise RuntimeError(
+                "Attempting CUDA graph capture of step() for an instance of Rprop but param_groups' capturable is "
+                "False: pass capturable=True"
+            )
+
+
+def _row(param: Tensor, grad: Tensor, states: Mapping[Tensor, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give what a step works with; state that is not there yet will be made like the parameter."""
+    state = states.get(param, {})
+    return param, grad, state.get("prev", param), state.get("step_size", param)
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 def _check_loss(loss: float | Tensor | None) -> None:

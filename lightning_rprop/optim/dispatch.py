@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_rprop.optim.foreach import update_foreach
+from lightning_rprop.optim.fused import fused_update, fused_update_of_all
 from lightning_rprop.optim.update import update
 
 # Devices on which a foreach call is one launch for many tensors; elsewhere it is a loop that needs more memory.
 _FOREACH_DEVICES = frozenset({"cuda", "xpu", "mtia"})
+
+# The parameters, gradients, previous gradients and step sizes.
+Lists = Sequence[list[Tensor]]
 
 
 class Update(Protocol):
@@ -44,34 +48,80 @@ def dispatch(
     step_sizes: list[Tensor],
     *,
     foreach: bool | None,
+    fused: bool | None,
+    take_back: bool | Tensor,
     differentiable: bool,
-) -> Iterator[tuple[Update, list[list[Tensor]]]]:
+) -> list[tuple[Update, Lists]]:
     """Split the tensors among the implementations.
 
     Args:
-        params: real parameters.
+        params: parameters, real or complex.
         grads: their gradients.
         prevs: their previous gradients.
         step_sizes: their step sizes.
-        foreach: ``True`` or ``False`` to have the foreach implementation or not, ``None`` to have it where every
-            parameter is a plain tensor on a device with foreach kernels, as ``torch.optim`` chooses.
-        differentiable: autograd must go through the step, which excludes foreach.
+        foreach: ``True`` or ``False`` to have the foreach implementation or not; ``None`` to have it for what no fused
+            kernel serves, if it is a plain tensor on a device with foreach kernels.
+        fused: ``True`` to have nothing but fused kernels, ``False`` to have none; ``None`` to have them wherever one
+            serves, unless ``foreach`` says what to have.
+        take_back: as the implementations take it.
+        differentiable: autograd must go through the step, which excludes foreach and fused kernels.
 
-    Yields:
-        An implementation and the four lists (params, grads, prevs, step_sizes) for it.
+    Returns:
+        Implementations, each with the four lists (params, grads, prevs, step_sizes) for it, in which a complex number
+        is two real ones.
+
+    Raises:
+        RuntimeError: If ``fused`` is ``True`` and no kernel serves one of the parameters.
     """
-    if not params:
+    lists = (params, grads, prevs, step_sizes)
+    if torch.compiler.is_compiling():  # the compiler fuses the plain loop itself, across all tensors
+        return [(update, [[*map(_as_real, tensors)] for tensors in lists])]
+    if fused is None and (foreach is not None or differentiable):
+        fused = False
+    if fused is not False and (kernel := fused_update_of_all(params, grads, prevs, step_sizes, take_back)):
+        return [(kernel, lists)]
+
+    batches: dict[tuple[Update, torch.device, torch.dtype], list[list[Tensor]]] = {}
+    for i, row in enumerate(zip(*lists, strict=True)):
+        param, grad, prev, step_size = map(_as_real, row)
+        chosen = "" if fused is False else fused_update(param, grad, prev, step_size, take_back)
+        if isinstance(chosen, str):
+            if fused:
+                _refuse(f"parameter {i}", chosen)
+            plain = type(param) in (Tensor, torch.nn.Parameter) and not differentiable
+            by_list = plain and param.device.type in _FOREACH_DEVICES if foreach is None else foreach
+            chosen = update_foreach if by_list else update
+        batch = batches.setdefault((chosen, param.device, param.dtype), [[], [], [], []])
+        for tensors, tensor in zip(batch, (param, grad, prev, step_size), strict=True):
+            tensors.append(tensor)
+    return [(chosen, batch) for (chosen, _, _), batch in batches.items()]
+
+
+def check_fused(names: Sequence[str], rows: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+    """Refuse ``fused=True`` for parameters that no fused kernel serves.
+
+    Args:
+        names: what to call the parameters.
+        rows: parameter, gradient, previous gradient and step size of each, or what will be like them.
+
+    Raises:
+        RuntimeError: If there is such a parameter.
+    """
+    params, grads, prevs, step_sizes = ([row[i] for row in rows] for i in range(4))
+    if not rows or fused_update_of_all(params, grads, prevs, step_sizes, take_back=False):
         return
-    if foreach is None:
-        foreach = not differentiable and all(
-            type(p) in (Tensor, torch.nn.Parameter) and p.device.type in _FOREACH_DEVICES for p in params
+    for name, row in zip(names, rows, strict=True):
+        param, grad, prev, step_size = map(_as_real, row)
+        _refuse(name, fused_update(param, grad, prev, step_size, take_back=False))
+
+
+def _refuse(name: str, chosen: Update | str) -> None:
+    if isinstance(chosen, str):
+        raise RuntimeError(
+            f"fused=True, but no fused kernel serves {name}: {chosen}. Leave fused=None, which has one wherever it can"
         )
-    if not foreach or torch.compiler.is_compiling():  # the compiler fuses the plain loop itself, across all tensors
-        yield update, [params, grads, prevs, step_sizes]
-        return
-    # foreach kernels take tensors of one device and dtype
-    batches: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
-    for row in zip(params, grads, prevs, step_sizes, strict=True):
-        batches.setdefault((row[0].device, row[0].dtype), []).append(row)
-    for batch in batches.values():
-        yield update_foreach, [list(column) for column in zip(*batch, strict=True)]
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    """Give a view of the tensor in which a complex number is two real ones."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

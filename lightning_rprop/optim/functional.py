@@ -8,6 +8,8 @@ from torch import Tensor
 from lightning_rprop.optim.dispatch import dispatch
 from lightning_rprop.optim.variants import AT_FLIP
 
+_ONE = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
 
 def rprop(
     params: list[Tensor],
@@ -21,6 +23,7 @@ def rprop(
     differentiable: bool = False,
     has_complex: bool = False,
     *,
+    fused: bool | None = None,
     step_size_min: float,
     step_size_max: float,
     etaminus: float,
@@ -41,11 +44,14 @@ def rprop(
         step_sizes: the step size of every weight, in the parameters' unit; modified in place. A complex one holds those
             of the real and of the imaginary part, which are treated as two weights.
         state_steps: one counter (a tensor of one element) for each parameter; modified in place.
-        foreach: whether the foreach implementation is used; ``None`` uses it on accelerators (default: ``None``).
+        foreach: whether the foreach implementation is used; ``None`` uses it on accelerators, for what no
+            fused kernel serves (default: ``None``).
         capturable: whether the step may be captured in a graph; the operations are the same (default: ``False``).
         maximize: whether to climb instead of descend (default: ``False``).
         differentiable: whether autograd goes through the step (default: ``False``).
         has_complex: taken for torch's sake; complex tensors are recognised by their dtype (default: ``False``).
+        fused: whether a fused kernel is used: ``None`` uses it wherever one serves, unless ``foreach`` says otherwise;
+            ``True`` demands it (default: ``None``).
         step_size_min: the lower bound of the step sizes.
         step_size_max: the upper bound of the step sizes.
         etaminus: the factor of a step size after a change of sign.
@@ -56,23 +62,28 @@ def rprop(
             broadcasts to every parameter (default: ``False``).
 
     Raises:
-        RuntimeError: If ``state_steps`` holds something else than tensors.
+        RuntimeError: If ``state_steps`` holds something else than tensors, or if ``fused=True`` and no fused kernel
+            serves one of the parameters.
     """
     del capturable, has_complex
-    if not all(isinstance(step, Tensor) for step in state_steps):
+    if set(map(type, state_steps)) != {Tensor} and not all(isinstance(step, Tensor) for step in state_steps):
         raise RuntimeError("API has changed, `state_steps` argument must contain a list of singleton tensors")
     if not params:
         return
-    forget, take_back = AT_FLIP[variant]
-    torch._foreach_add_(state_steps, 1)
-    for update, tensors in dispatch(
-        [_as_real(t) for t in params],
-        [_as_real(t) for t in grads],
-        [_as_real(t) for t in prevs],
-        [_as_real(t) for t in step_sizes],
+    forget, always_or_never = AT_FLIP[variant]
+    take_back = loss_rose if always_or_never is None else always_or_never
+    chosen = dispatch(
+        params,
+        grads,
+        prevs,
+        step_sizes,
         foreach=foreach,
+        fused=fused,
+        take_back=take_back,
         differentiable=differentiable,
-    ):
+    )
+    _count(state_steps)
+    for update, tensors in chosen:
         update(
             *tensors,
             etaminus=etaminus,
@@ -82,11 +93,16 @@ def rprop(
             weight_decay=weight_decay,
             maximize=maximize,
             forget=forget,
-            take_back=loss_rose if take_back is None else take_back,
+            take_back=take_back,
             differentiable=differentiable,
         )
 
 
-def _as_real(tensor: Tensor) -> Tensor:
-    """Give a view of the tensor in which a complex number is two real ones."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def _count(steps: list[Tensor]) -> None:
+    """Add 1 to the step counters."""
+    first = steps[0]
+    if first.is_cpu and first.dtype in _ONE and not torch.compiler.is_compiling():
+        # a number would be made a tensor for each of them, which takes seven times as long
+        torch._foreach_add_(steps, _ONE[first.dtype], alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1)

@@ -43,7 +43,6 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If a value is out of range, or two options exclude each other.
         TypeError: If a value has the wrong type.
-        NotImplementedError: If an option is not there yet.
     """
     checked = dict(options)
 
@@ -94,8 +93,10 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         choices = (True, False, None) if name in ("foreach", "fused") else (True, False)
         if not any(options[name] is choice for choice in choices):
             raise TypeError(f"{name} must be one of {_listed(choices)}, got {options[name]!r}")
-    if options["fused"]:
-        raise NotImplementedError("fused=True is not implemented yet: use fused=None")
+    if options["fused"] and options["foreach"]:
+        raise ValueError("`fused` and `foreach` cannot be `True` together: leave foreach=None")
+    if options["fused"] and options["differentiable"]:
+        raise ValueError("`fused` does not support `differentiable`: leave fused=None")
     if options["foreach"] and options["differentiable"]:
         raise ValueError("foreach=True and differentiable=True exclude each other: leave foreach=None")
     return checked

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_rprop.optim.checks import check_state, check_step, name_of
 from lightning_rprop.optim.closure import evaluate_anew
+from lightning_rprop.optim.dispatch import check_fused
 from lightning_rprop.optim.functional import rprop
 from lightning_rprop.optim.options import LATER_OPTIONS, check_dtypes, check_options, initial_step_size
 from lightning_rprop.optim.variants import AT_FLIP, Variant
@@ -46,15 +47,19 @@ class Rprop(Optimizer):
             value for all groups. More than 1 spares a training loop's work between steps; the closure must zero the
             gradients, which excludes gradient accumulation and ``torch.amp.GradScaler``.
         maximize: Whether to maximize the objective instead of minimizing it.
-        foreach: Whether to use the foreach implementation; ``None`` uses it for plain tensors on accelerators.
-        fused: Whether to use a fused kernel: ``None`` or ``False``; ``True`` is not implemented yet.
+        foreach: Whether to use the foreach implementation; ``None`` uses it for plain tensors on accelerators that no
+            fused kernel serves.
+        fused: Whether to use the fused kernels, which go over memory once, in one call for all tensors: on the CPU by
+            Numba, on CUDA by Triton; float64, float32, bfloat16, float16 and complex, dense tensors of any memory
+            format that their gradients share. ``None`` uses them wherever they serve, unless ``foreach`` is given;
+            ``True`` demands it. All implementations give the same result to the last bit.
         capturable: Whether a step may be captured in a CUDA graph; the parameters must be on an accelerator.
         differentiable: Whether autograd goes through the step.
 
     Raises:
         ValueError: If an argument is out of its range, also in a parameter group of its own.
         TypeError: If an argument has the wrong type.
-        NotImplementedError: If an argument asks for what is not there yet.
+        RuntimeError: If ``fused=True`` and no fused kernel serves a parameter, also at a step.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -122,7 +127,10 @@ class Rprop(Optimizer):
             named = [
                 (repr(p[0]), p[1]) if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(params)
             ]
-            check_dtypes(options, [(name, p) for name, p in named if isinstance(p, Tensor)])
+            named = [(name, p) for name, p in named if isinstance(p, Tensor)]
+            check_dtypes(options, named)
+            if options["fused"]:
+                check_fused([name for name, _ in named], [(p, p, p, p) for _, p in named])
             param_group.update(options)
         super().add_param_group(param_group)
 
@@ -191,9 +199,9 @@ class Rprop(Optimizer):
             What the closure returned first, ``None`` without one.
 
         Raises:
-            RuntimeError: If a gradient is sparse, if the step cannot be captured in a graph, if iRprop+ got no loss, or
-                if ``max_iter`` is more than 1 and the closure is missing or does not zero the gradients; nothing has
-                moved then.
+            RuntimeError: If a gradient is sparse, if ``fused=True`` and no fused kernel serves a parameter, if the step
+                cannot be captured in a graph, if iRprop+ got no loss, or if ``max_iter`` is more than 1 and the closure
+                is missing or does not zero the gradients; nothing has moved then.
             ValueError: If iRprop+ got something else than one number; nothing has moved then.
         """
         max_iter = self.param_groups[0]["max_iter"]
@@ -219,7 +227,7 @@ class Rprop(Optimizer):
 
     def _move(self, loss: float | Tensor | None) -> None:
         """Move every parameter that has a gradient, once."""
-        check_step(self.param_groups, loss)
+        check_step(self.param_groups, self.state, loss)
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
@@ -238,6 +246,7 @@ class Rprop(Optimizer):
                     step_sizes,
                     state_steps,
                     foreach=group["foreach"],
+                    fused=group["fused"],
                     capturable=group["capturable"],
                     maximize=group["maximize"],
                     differentiable=group["differentiable"],
@@ -286,7 +295,8 @@ class Rprop(Optimizer):
         traces only what follows (torch/_dynamo/variables/optimizer.py).
         """
         for p in group["params"]:
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 continue
             state = self.state[p]
             if "step_size" not in state:
@@ -298,7 +308,7 @@ class Rprop(Optimizer):
                     p, complex(lr, lr) if p.is_complex() else lr, memory_format=torch.preserve_format
                 )
             params.append(p)
-            grads.append(p.grad)
+            grads.append(grad)
             prevs.append(state["prev"])
             step_sizes.append(state["step_size"])
             state_steps.append(state["step"])

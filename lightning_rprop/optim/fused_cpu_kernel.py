@@ -1,0 +1,208 @@
+"""The rules of ``update.py`` for one element after another, in a loop that Numba compiles: one pass over memory.
+
+Imported only to be compiled (``machine_code.py`` keeps what comes out): importing Numba takes longer than 10,000 steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+# What is stored, and the type to calculate with: torch calculates with halves in float32, and rounds each result.
+_STORED = {"float64": types.float64, "float32": types.float32, "float16": types.uint16, "bfloat16": types.uint16}
+_CALCULATED = {"float64": np.float64, "float32": np.float32, "float16": np.float32, "bfloat16": np.float32}
+
+
+def compile_kernel(dtype: str) -> tuple[str, str]:
+    """Compile the rules for parameters of one dtype.
+
+    Args:
+        dtype: the name of the parameters' dtype, one of ``"float64"``, ``"float32"``, ``"float16"``, ``"bfloat16"``.
+
+    Returns:
+        The name of the function ``kernel`` below, and LLVM's text of a module that has it.
+    """
+    signature = types.void(
+        types.CPointer(types.CPointer(_STORED[dtype])),
+        types.CPointer(types.int64),
+        types.int64,
+        types.int64,
+        types.CPointer(types.int64),
+        types.CPointer(types.float64),
+        *[types.boolean] * 3,
+    )
+    widen, narrow = _CONVERSIONS.get(dtype, (_same, _same))
+    compiled = numba.cfunc(signature, error_model="numpy")(_kernel(_CALCULATED[dtype], widen, narrow))
+    return compiled.native_name, compiled.inspect_llvm()
+
+
+@intrinsic
+def _take(typing_context, taken, chunk):
+    """Add to a counter that several threads share, and give what it was before."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.atomic_rmw("add", *arguments, "monotonic")
+
+    return types.int64(types.CPointer(types.int64), types.int64), generate
+
+
+def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], Any]) -> Any:
+    """Make the function for one type of numbers, to which ``widen`` brings what is stored, and ``narrow`` back."""
+    zero, one = number(0), number(1)
+
+    @numba.njit(error_model="numpy")
+    def sign_of(x):
+        return one if x > zero else -one if x < zero else zero
+
+    @numba.njit(error_model="numpy")
+    def update(
+        params,
+        grads,
+        prevs,
+        step_sizes,
+        first,
+        last,
+        etaminus,
+        etaplus,
+        step_size_min,
+        step_size_max,
+        weight_decay,
+        maximize,
+        forget,
+        take_back,
+    ):
+        """Move the elements of one parameter from the first to before the last."""
+        for i in range(first, last):
+            param = widen(params[i])
+            grad = widen(grads[i])
+            prev = widen(prevs[i])
+            step_size = widen(step_sizes[i])
+
+            # the gradient of what is minimised (two roundings for the decay: Numba contracts no multiply-add)
+            if maximize:
+                grad = -grad
+            if weight_decay != zero:
+                grad = widen(narrow(grad + widen(narrow(param * weight_decay))))
+
+            # compare signs; sign(0) = 0, and sign(NaN) = 0 too
+            sign = sign_of(grad)
+            agreement = sign * sign_of(prev)
+            flipped = agreement < zero
+
+            # adapt the step size
+            factor = etaplus if agreement > zero else etaminus if flipped else one
+            before = step_size
+            step_size = widen(narrow(step_size * factor))
+            step_size = step_size_min if step_size < step_size_min else step_size
+            step_size = step_size_max if step_size > step_size_max else step_size
+            step_sizes[i] = narrow(step_size)
+
+            # move; where the sign changed back by the last step size, or not at all
+            distance = before if flipped and take_back else step_size
+            if flipped and forget and not take_back:
+                sign = zero
+            params[i] = narrow(param - sign * distance)
+
+            # remember the gradient: 0 where the sign changed, the one before where this one is NaN
+            grad = grad if grad == grad else prev
+            prevs[i] = narrow(zero if flipped and forget else grad)
+
+    def kernel(
+        addresses,
+        sizes,
+        rows,
+        chunk,
+        taken,
+        numbers,
+        maximize,
+        forget,
+        take_back,
+    ):
+        """Move what no other thread moves.
+
+        A row is a parameter; elements are counted over all rows. As many threads as like to take one chunk of elements
+        after another, so that they end together, whatever else keeps one of them busy.
+        """
+        row, start = 0, 0
+        while row < rows:
+            begin = _take(taken, chunk)
+            end = begin + chunk
+            while row < rows and start < end:
+                update(
+                    addresses[row],
+                    addresses[rows + row],
+                    addresses[2 * rows + row],
+                    addresses[3 * rows + row],
+                    max(begin - start, 0),
+                    min(end - start, sizes[row]),
+                    number(numbers[0]),
+                    number(numbers[1]),
+                    number(numbers[2]),
+                    number(numbers[3]),
+                    number(numbers[4]),
+                    maximize,
+                    forget,
+                    take_back,
+                )
+                if start + sizes[row] > end:
+                    break  # the rest of the row is in another chunk
+                start += sizes[row]
+                row += 1
+
+    return kernel
+
+
+@numba.njit(inline="always")
+def _same(x):
+    return x
+
+
+@numba.njit(error_model="numpy")
+def _bfloat16_to_float32(bits):
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@numba.njit(error_model="numpy")
+def _float32_to_bfloat16(x):
+    bits = np.float32(x).view(np.uint32)
+    to_nearest_even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(bits + to_nearest_even) >> np.uint32(16)
+    return np.uint16(rounded if x == x else np.uint32(0x7FC0))
+
+
+@numba.njit(error_model="numpy")
+def _float16_to_float32(bits):
+    # exponent and fraction in place, the exponent's bias mended by a multiplication, which normalises subnormals too
+    magnitude = np.uint32((np.uint32(bits) & np.uint32(0x7FFF)) << np.uint32(13))
+    finite = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112)).view(np.uint32)
+    unsigned = finite if magnitude < np.uint32(0x7C00 << 13) else np.uint32(magnitude | np.uint32(0x7F800000))
+    sign = np.uint32((np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16))
+    return np.uint32(unsigned | sign).view(np.float32)
+
+
+@numba.njit(error_model="numpy")
+def _float32_to_float16(x):
+    bits = np.float32(x).view(np.uint32)
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    # normal: to the nearest even of 13 bits less, then the smaller bias; what overflows becomes 0x7C00, infinity
+    to_nearest_even = np.uint32(0x0FFF) + ((magnitude >> np.uint32(13)) & np.uint32(1))
+    normal = np.uint32(magnitude + to_nearest_even - np.uint32(112 << 23)) >> np.uint32(13)
+    normal = normal if normal < np.uint32(0x7C00) else np.uint32(0x7C00)
+    # subnormal (below 2**-14): adding 0.5 leaves the last place at 2**-24, rounded by the addition itself
+    subnormal = np.float32(np.uint32(magnitude).view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(
+        0x3F000000
+    )
+    rounded = normal if magnitude >= np.uint32(113 << 23) else subnormal
+    return np.uint16(sign | (rounded if x == x else np.uint32(0x7E00)))
+
+
+_CONVERSIONS = {
+    "bfloat16": (_bfloat16_to_float32, _float32_to_bfloat16),
+    "float16": (_float16_to_float32, _float32_to_float16),
+}
