@@ -1,0 +1,96 @@
+"""How far a training comes in a given time: the best loss after so many seconds, on whole-data-set problems.
+
+Every optimizer runs each problem from the same starts, one after another in turn. Rprop is taken at its usual
+parameters; Adam at the best of three learning rates for each problem, and LBFGS with the strong Wolfe line search.
+Printed is the median over the starts, and in brackets how many evaluations of loss and gradient there was time for.
+
+    python -m benchmarks.budget
+    python -m benchmarks.budget --seconds 5 --starts 11 --only digits,gp
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.problems import PROBLEMS, Problem, select
+from lightning_rprop import Rprop
+
+ADAM_RATES = (1e-3, 1e-2, 1e-1)
+OPTIMIZERS: dict[str, Callable[[list[Tensor], Problem], torch.optim.Optimizer]] = {
+    "lightning_rprop": lambda params, problem: Rprop(params, lr=problem.lr),
+    "torch Rprop": lambda params, problem: torch.optim.Rprop(params, lr=problem.lr),
+    **{
+        f"torch Adam, lr {rate:g}": lambda params, problem, rate=rate: torch.optim.Adam(params, lr=rate)
+        for rate in ADAM_RATES
+    },
+    "torch LBFGS": lambda params, problem: torch.optim.LBFGS(params, line_search_fn="strong_wolfe"),
+}
+
+
+def train(problem: Problem, name: str, seed: int, seconds: float) -> tuple[float, int]:
+    """Train for some time; give the best loss that was seen, and the number of evaluations."""
+    torch.manual_seed(seed)
+    params, loss_function = problem.start()
+    optimizer = OPTIMIZERS[name](params, problem)
+    losses = [math.inf]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_function()
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        optimizer.step(closure)
+        if not math.isfinite(losses[-1]):
+            break  # nothing comes after that
+    return min(loss for loss in losses if not math.isnan(loss)), len(losses) - 1
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1, help="time of each training (default: 1)")
+    parser.add_argument("--starts", type=int, default=3, help="starts of each problem (default: 3)")
+    parser.add_argument("--only", help=f"some of the problems, separated by commas: {', '.join(PROBLEMS)}")
+    arguments = parser.parse_args()
+    if arguments.starts < 1:
+        parser.error(f"--starts: must be at least 1, got {arguments.starts}")
+    try:
+        chosen = select(arguments.only)
+    except ValueError as error:
+        parser.error(str(error))
+
+    shown = [name for name in OPTIMIZERS if "Adam" not in name]
+    shown.insert(2, "torch Adam, best rate")
+    print(f"| problem | {' | '.join(shown)} |\n|---|{'---|' * len(shown)}")
+    for problem in chosen.values():
+        results: dict[str, list[tuple[float, int]]] = {name: [] for name in OPTIMIZERS}
+        for name in OPTIMIZERS:
+            train(problem, name, 0, 0.05)  # a kernel is compiled or loaded once in a process
+        for seed in range(arguments.starts):
+            for name, found in results.items():
+                found.append(train(problem, name, seed, arguments.seconds))
+        medians = {
+            name: (statistics.median(loss for loss, _ in found), statistics.median(count for _, count in found))
+            for name, found in results.items()
+        }
+        medians[shown[2]] = min(median for name, median in medians.items() if "Adam" in name)
+        cells = [f"{medians[name][0]:.3g} ({medians[name][1]:.0f})" for name in shown]
+        print(f"| {problem.about} | {' | '.join(cells)} |", flush=True)
+    about = f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    print(f"\n{arguments.seconds:g} s for each training; {about}")
+
+
+if __name__ == "__main__":
+    main()
