@@ -215,7 +215,9 @@ def test_compiled_step_is_one_graph_and_equal(backend):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"foreach": True}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"fused": True}, {"foreach": False}, {"foreach": True}, {"capturable": True}], ids=str
+)
 def test_cuda_equals_cpu(options):
     gpu, cpu = ([p for d in (torch.float32, torch.bfloat16) for p in parameters(d)] for _ in range(2))
     gpu = [p.detach().cuda().requires_grad_() for p in gpu]
