@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.problems import PROBLEMS, Problem, select
+from benchmarks.problems import Problem, add_only
 from lightning_rprop import Rprop
 
 ADAM_RATES = (1e-3, 1e-2, 1e-1)
@@ -62,19 +62,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1, help="time of each training (default: 1)")
     parser.add_argument("--starts", type=int, default=3, help="starts of each problem (default: 3)")
-    parser.add_argument("--only", help=f"some of the problems, separated by commas: {', '.join(PROBLEMS)}")
+    add_only(parser)
     arguments = parser.parse_args()
     if arguments.starts < 1:
         parser.error(f"--starts: must be at least 1, got {arguments.starts}")
-    try:
-        chosen = select(arguments.only)
-    except ValueError as error:
-        parser.error(str(error))
 
     shown = [name for name in OPTIMIZERS if "Adam" not in name]
     shown.insert(2, "torch Adam, best rate")
     print(f"| problem | {' | '.join(shown)} |\n|---|{'---|' * len(shown)}")
-    for problem in chosen.values():
+    for problem in arguments.only.values():
         results: dict[str, list[tuple[float, int]]] = {name: [] for name in OPTIMIZERS}
         for name in OPTIMIZERS:
             train(problem, name, 0, 0.05)  # a kernel is compiled or loaded once in a process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -106,13 +107,15 @@ PROBLEMS = {
 }
 
 
-def select(names: str | None) -> dict[str, Problem]:
-    """Give the problems of a command line's list, separated by commas; all without one.
+def add_only(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--only``, which gives some of the problems, by default all."""
 
-    Raises:
-        ValueError: If it names a problem that is not there.
-    """
-    chosen = names.split(",") if names else list(PROBLEMS)
-    if unknown := set(chosen) - set(PROBLEMS):
-        raise ValueError(f"--only: no problem {', '.join(sorted(unknown))}; there are {', '.join(PROBLEMS)}")
-    return {name: PROBLEMS[name] for name in chosen}
+    def select(names: str) -> dict[str, Problem]:
+        if unknown := set(names.split(",")) - set(PROBLEMS):
+            raise argparse.ArgumentTypeError(
+                f"no problem {', '.join(sorted(unknown))}; there are {', '.join(PROBLEMS)}"
+            )
+        return {name: PROBLEMS[name] for name in names.split(",")}
+
+    about = f"some of the problems, separated by commas: {', '.join(PROBLEMS)}"
+    parser.add_argument("--only", type=select, default=PROBLEMS, help=about)

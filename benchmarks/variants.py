@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from benchmarks.problems import PROBLEMS, Problem, select
+from benchmarks.problems import Problem, add_only
 from lightning_rprop import Rprop
 
 VARIANTS = ("rprop+", "rprop-", "irprop+", "irprop-")
@@ -45,17 +45,13 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--starts", type=int, default=11, help="starts of each problem (default: 11)")
-    parser.add_argument("--only", help=f"some of the problems, separated by commas: {', '.join(PROBLEMS)}")
+    add_only(parser)
     parser.add_argument("--best", action="store_true", help="print the median of the best losses too")
     arguments = parser.parse_args()
-    try:
-        chosen = select(arguments.only)
-    except ValueError as error:
-        parser.error(str(error))
 
     begin = time.perf_counter()
     print(f"| problem | target | {' | '.join(VARIANTS)} |\n|---|---|{'---|' * len(VARIANTS)}")
-    for problem in chosen.values():
+    for problem in arguments.only.values():
         cells = []
         for variant in VARIANTS:
             results = [evaluations(problem, variant, seed) for seed in range(arguments.starts)]

@@ -8,7 +8,17 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from cases import INTERPRETED, PATHS
+
 from lightning_rprop.optim import dispatch, foreach, fused, fused_cpu, machine_code, update
+
+if INTERPRETED:
+    from lightning_rprop.optim import fused_cuda as fused_kernel
+else:
+    from lightning_rprop.optim import fused_cpu_kernel as fused_kernel
+
+# Where the rule is written, and the argument that chooses it.
+IMPLEMENTATIONS = dict(zip((update, foreach, fused_kernel), PATHS.values(), strict=True))
 
 _FOLDER = tempfile.TemporaryDirectory()
 
@@ -36,7 +46,7 @@ def put_mutant_in(monkeypatch, module, *edits):
         monkeypatch.setattr(dispatch, "update", mutant.update)
     elif module is foreach:
         monkeypatch.setattr(dispatch, "update_foreach", mutant.update_foreach)
-    elif module.__name__.endswith("fused_cpu_kernel"):
+    elif not INTERPRETED:
 
         @cache
         def load_kernel(dtype):

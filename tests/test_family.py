@@ -11,18 +11,12 @@ from cases import INTERPRETED, PATHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lit import Batches, Net, all_equal, fit_in_two_parts, trainer
-from mutation import mutated, put_mutant_in
+from mutation import IMPLEMENTATIONS, mutated, put_mutant_in
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from twin import ROUND, twin
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim import foreach, update
 from lightning_rprop.optim.variants import AT_FLIP
-
-if INTERPRETED:
-    from lightning_rprop.optim import fused_cuda as fused_kernel
-else:
-    from lightning_rprop.optim import fused_cpu_kernel as fused_kernel
 
 VARIANTS = tuple(AT_FLIP)
 BY_PATH = pytest.mark.parametrize("path", [{"foreach": value} for value in PATHS.values()], ids=PATHS)
@@ -320,13 +314,14 @@ def underflow(monkeypatch):
     monkeypatch.setitem(TAPES, "underflow", [(1e-200 * g, loss) for g, loss in TAPES["flips"]])
 
 
-@pytest.mark.parametrize("module", [update, foreach, fused_kernel], ids=PATHS)
+@pytest.mark.parametrize("module", IMPLEMENTATIONS, ids=PATHS)
 @pytest.mark.parametrize("mutations", WRONG_CODE.values(), ids=WRONG_CODE)
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
 def test_the_tapes_tell_wrong_code_apart(mutations, module, underflow, monkeypatch):
-    which = [update, foreach, fused_kernel].index(module)
-    put_mutant_in(monkeypatch, module, mutations[3 if INTERPRETED and which == 2 else which])
-    assert told_apart(lambda variant, tape: by_rprop(variant, tape, foreach=[*PATHS.values()][which]))
+    *unfused, numba, triton = mutations
+    mutation = dict(zip(IMPLEMENTATIONS, (*unfused, triton if INTERPRETED else numba), strict=True))[module]
+    put_mutant_in(monkeypatch, module, mutation)
+    assert told_apart(lambda variant, tape: by_rprop(variant, tape, foreach=IMPLEMENTATIONS[module]))
 
 
 @BY_PATH

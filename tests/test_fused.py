@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import DTYPES, INTERPRETED, assert_same, gradients, parameters, proceed, run
-from mutation import put_mutant_in
+from mutation import fused_kernel, put_mutant_in
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rprop import Rprop
@@ -111,11 +111,10 @@ def test_equals_the_plain_loop_in_pieces(dtype, variant, options, small_pieces, 
 def test_pieces_tell_wrong_shares_apart(small_pieces, monkeypatch):
     """As the test above is worth no more than what it finds."""
     if INTERPRETED:
-        put_mutant_in(monkeypatch, module, ("offsets < size", "offsets < size - 1"), ("_BLOCK = 2048", "_BLOCK = 16"))
+        edits = [("offsets < size", "offsets < size - 1"), ("_BLOCK = 2048", "_BLOCK = 16")]
     else:
-        from lightning_rprop.optim import fused_cpu_kernel
-
-        put_mutant_in(monkeypatch, fused_cpu_kernel, ("max(begin - start, 0)", "max(begin - start, 0) * 0"))
+        edits = [("max(begin - start, 0)", "max(begin - start, 0) * 0")]
+    put_mutant_in(monkeypatch, fused_kernel, *edits)
     ours, plain = dense(torch.float32), dense(torch.float32)
     a, b = Rprop(ours), Rprop(plain, foreach=False)
     for seed in range(4):

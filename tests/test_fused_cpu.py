@@ -19,13 +19,13 @@ LARGE = 4 * fused_cpu._CHUNK
 STEP = """
 import sys, torch
 from lightning_rprop import Rprop
-from lightning_rprop.optim import dispatch, fused_cpu
+from lightning_rprop.optim.fused import fused_update
 param = torch.nn.Parameter(torch.zeros(10))
 param.grad = torch.ones(10)
 optimizer = Rprop([param])
 optimizer.step()
 assert param.tolist() == [-torch.tensor(0.01).item()] * 10
-fused = not isinstance(dispatch.fused_update(*[param.detach()] * 4, False), str)
+fused = not isinstance(fused_update(*[param.detach()] * 4, False), str)
 print("fused" if fused else "plain", "compiled" if "numba" in sys.modules else "loaded")
 """
 
@@ -109,7 +109,7 @@ for worker in workers:
 
 
 FORK = """
-import copy, os, threading, torch
+import os, threading, torch
 from lightning_rprop import Rprop
 torch.set_num_threads(3)
 p = torch.zeros(2_000_000, requires_grad=True)
@@ -149,7 +149,7 @@ def test_after_a_fork():
 def test_at_the_end_of_the_interpreter():
     """No thread can be had then: the one that is there does it all."""
     program = """
-import atexit, threading, torch
+import atexit, torch
 from lightning_rprop import Rprop
 torch.set_num_threads(3)
 p = torch.zeros(2_000_000, requires_grad=True)
@@ -262,10 +262,10 @@ print(len(caught), caught[0].message)
 # -------------------------------------------------------------------------------------------------------- memory
 
 MEMORY = """
-import sys, torch
+import torch
 from lightning_rprop import Rprop
 params = [torch.zeros(4_000_000, requires_grad=True) for _ in range(2)]
-optimizer = Rprop(params, **eval(sys.argv[1]))
+optimizer = Rprop(params, **OPTIONS)
 def step():
     for p in params:
         p.grad = grads
@@ -284,8 +284,7 @@ print((kilobytes("VmHWM") - before) // 1000)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark of the memory")
 def test_a_step_takes_no_memory_of_a_parameters_size():
     megabytes = [
-        int(python(MEMORY.replace("sys.argv[1]", repr(options))))
-        for options in ("{'fused': True}", "{'foreach': False}")
+        int(python(MEMORY.replace("OPTIONS", repr(options)))) for options in ({"fused": True}, {"foreach": False})
     ]
     assert megabytes[0] < 2
     assert megabytes[1] > 15  # so that the measure is seen to measure: a parameter has 16

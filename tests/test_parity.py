@@ -6,15 +6,10 @@ import inspect
 import pytest
 import torch
 from cases import DTYPES, INTERPRETED, PATHS, SHARED, assert_same, gradients, parameters, run
-from mutation import put_mutant_in
+from mutation import IMPLEMENTATIONS, fused_kernel, put_mutant_in
 
 from lightning_rprop import Rprop
 from lightning_rprop.optim import foreach, rprop, update
-
-if INTERPRETED:
-    from lightning_rprop.optim import fused_cuda as fused_kernel
-else:
-    from lightning_rprop.optim import fused_cpu_kernel as fused_kernel
 
 BY_PATH = pytest.mark.parametrize("use_foreach", PATHS.values(), ids=PATHS)
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
@@ -34,8 +29,6 @@ def assert_parity(dtype, kwargs, use_foreach, steps=8 if INTERPRETED else 40):
 def test_equals_torch(dtype, kwargs, use_foreach):
     assert_parity(dtype, kwargs, use_foreach)
 
-
-IMPLEMENTATIONS = {update: False, foreach: True, fused_kernel: None}
 
 # The ways in which public implementations go wrong: what to change in the source, and to what.
 MUTANTS = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_rprop.optim.foreach import update_foreach
-from lightning_rprop.optim.fused import fused_update, fused_update_of_all
+from lightning_rprop.optim.fused import PLAIN, fused_update, fused_update_of_all
 from lightning_rprop.optim.update import update
 
 # Devices on which a foreach call is one launch for many tensors; elsewhere it is a loop that needs more memory.
@@ -88,7 +88,7 @@ def dispatch(
         if isinstance(chosen, str):
             if fused:
                 _refuse(f"parameter {i}", chosen)
-            plain = type(param) in (Tensor, torch.nn.Parameter) and not differentiable
+            plain = type(param) in PLAIN and not differentiable
             by_list = plain and param.device.type in _FOREACH_DEVICES if foreach is None else foreach
             chosen = update_foreach if by_list else update
         batch = batches.setdefault((chosen, param.device, param.dtype), [[], [], [], []])

@@ -11,7 +11,9 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+# Tensors that are nothing but their memory.
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
 _DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 # Triton's own switch: its interpreter runs the kernels for CUDA on tensors of the CPU.
@@ -45,7 +47,7 @@ def fused_update_of_all(
     tensors = [*params, *grads, *prevs, *step_sizes]
     sizes = list(map(Tensor.numel, tensors))
     if not (
-        _PLAIN.issuperset(map(type, tensors))
+        PLAIN.issuperset(map(type, tensors))
         and len(set(map(_dtype, tensors))) == 1
         and (all(map(_is_cpu, tensors)) or len(set(map(_device, tensors))) == 1)
         and all(map(Tensor.is_contiguous, tensors))
@@ -73,7 +75,7 @@ def fused_update(
         The implementation, or a text that says why none serves.
     """
     four = (param, grad, prev, step_size)
-    if not _PLAIN.issuperset(map(type, four)):
+    if not PLAIN.issuperset(map(type, four)):
         return f"only plain tensors are served, not {', '.join(type(t).__name__ for t in four)}"
     for what, get in (("dtype", _dtype), ("device", _device), ("shape", _shape)):
         values = [get(tensor) for tensor in four]

@@ -35,21 +35,22 @@ def load(name: str, source: str, compile_module: Callable[[], tuple[str, str]]) 
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     target = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(
-        cpu=llvm.get_host_cpu_name(),
-        features=llvm.get_host_cpu_features().flatten(),
+        cpu=cpu,
+        features=features,
         opt=3,
         reloc="default",
         codemodel="jitdefault",
         jit=True,
     )
-    made_by = (source, version("numba"), version("llvmlite"), target.triple, llvm.get_host_cpu_name())
-    key = hashlib.sha256("\0".join((*made_by, llvm.get_host_cpu_features().flatten())).encode()).hexdigest()
+    made_by = (source, version("numba"), version("llvmlite"), target.triple, cpu, features)
+    key = hashlib.sha256("\0".join(made_by).encode()).hexdigest()
     files = [folder / f"{name}-{key[:32]}.o" for folder in _folders()]
     code = next((code for file in files if (code := _read(file))), None)
     if code is None:
         code = _emit(name, *compile_module(), target)
-        next((file for file in files if _write(file, code)), None)
+        any(_write(file, code) for file in files)  # the first where that is possible
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
