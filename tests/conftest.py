@@ -1,6 +1,16 @@
-"""What all tests share: a place of their own for compiled kernels."""
+"""What all tests share: a place of their own for compiled kernels, and Ctrl-C as a terminal has it."""
+
+import signal
 
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts():
+    """Take SIGINT as Python does by default: a job in the background, as some CI starts one, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -11,3 +21,16 @@ def kernel_cache(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreted(request, interrupts):
+    """The run of the fused tests under Triton's interpreter, beside the others, if its test is among them."""
+    if not any(item.name == "test_under_the_interpreter" for item in request.session.items):
+        yield None
+        return
+    from test_triton import start
+
+    with start() as process:
+        yield process
+        process.kill()

@@ -16,17 +16,22 @@ SELECTION = "fused and not function and not maximizing and not complex128 and no
 FILES = ("test_parity.py", "test_family.py", "test_step.py", "test_fused.py")
 
 
-def test_under_the_interpreter():
-    done = subprocess.run(
+def start():
+    """Start the run under the interpreter: ``conftest.py`` does with the session, as it takes minutes of one core."""
+    return subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTION, *FILES],
         cwd=TESTS,
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
     )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
+
+
+def test_under_the_interpreter(interpreted):
+    output = interpreted.communicate(timeout=600)[0]
+    assert interpreted.returncode == 0, output[-5000:]
+    assert int(re.search(r"(\d+) passed", output)[1]) > 500
 
 
 LAUNCHES = """
