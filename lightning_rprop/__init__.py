@@ -12,13 +12,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lightning_rprop.config import RpropConf, StepSizeMonitorConf
+    from lightning_rprop.config import FullBatchConf, RpropConf, StepSizeMonitorConf
+    from lightning_rprop.full_batch.callback import FullBatch
+    from lightning_rprop.full_batch.loader import FullBatchLoader
     from lightning_rprop.monitor.callback import StepSizeMonitor
     from lightning_rprop.optim.rprop import Rprop
 
-__all__ = ["Rprop", "RpropConf", "StepSizeMonitor", "StepSizeMonitorConf", "__version__"]
+__all__ = [
+    "FullBatch",
+    "FullBatchConf",
+    "FullBatchLoader",
+    "Rprop",
+    "RpropConf",
+    "StepSizeMonitor",
+    "StepSizeMonitorConf",
+    "__version__",
+]
 
 _HOME = {
+    "FullBatch": "lightning_rprop.full_batch.callback",
+    "FullBatchConf": "lightning_rprop.config",
+    "FullBatchLoader": "lightning_rprop.full_batch.loader",
     "Rprop": "lightning_rprop.optim.rprop",
     "RpropConf": "lightning_rprop.config",
     "StepSizeMonitor": "lightning_rprop.monitor.callback",

@@ -52,6 +52,18 @@ class StepSizeMonitorConf:
     per_parameter: bool = True
 
 
+@dataclass
+class FullBatchConf:
+    """Config of :class:`lightning_rprop.FullBatch`: the same names and defaults."""
+
+    _target_: str = "lightning_rprop.FullBatch"
+    _convert_: str = "all"
+    reduction: str = "mean"
+    weight: Any = None
+    log_as: Optional[str] = None  # noqa: UP045
+    prog_bar: bool = False
+
+
 # Group and name to content. Callbacks lie under a key of their own, so that an app can list several.
 CONFIGS: Mapping[str, Any] = {
     "optimizer/rprop": RpropConf,
@@ -59,5 +71,6 @@ CONFIGS: Mapping[str, Any] = {
     "optimizer/rprop_minus": RpropConf(variant=Variant["rprop-"]),
     "optimizer/irprop_plus": RpropConf(variant=Variant["irprop+"]),
     "optimizer/irprop_minus": RpropConf(variant=Variant["irprop-"]),
+    "callbacks/full_batch": {"full_batch": FullBatchConf},
     "callbacks/step_size_monitor": {"step_size_monitor": StepSizeMonitorConf},
 }

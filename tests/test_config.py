@@ -9,12 +9,14 @@ from typing import get_args
 import pytest
 
 import lightning_rprop
-from lightning_rprop import Rprop, RpropConf, StepSizeMonitor, StepSizeMonitorConf
+from lightning_rprop import FullBatch, FullBatchConf, Rprop, RpropConf, StepSizeMonitor, StepSizeMonitorConf
 from lightning_rprop.config import CONFIGS, Variant
 from lightning_rprop.optim.variants import AT_FLIP
 from lightning_rprop.optim.variants import Variant as VariantName
 
-PAIRS = pytest.mark.parametrize(("cls", "conf"), [(Rprop, RpropConf), (StepSizeMonitor, StepSizeMonitorConf)])
+PAIRS = pytest.mark.parametrize(
+    ("cls", "conf"), [(Rprop, RpropConf), (StepSizeMonitor, StepSizeMonitorConf), (FullBatch, FullBatchConf)]
+)
 
 
 def signature(cls):
@@ -48,7 +50,9 @@ def test_variants():
 
 def test_every_config_is_of_a_public_class():
     optimizers = {"rprop", "rprop_plus", "rprop_minus", "irprop_plus", "irprop_minus"}
-    assert set(CONFIGS) == {f"optimizer/{name}" for name in optimizers} | {"callbacks/step_size_monitor"}
+    assert set(CONFIGS) == {f"optimizer/{name}" for name in optimizers} | {
+        f"callbacks/{name}" for name in ("step_size_monitor", "full_batch")
+    }
     with pytest.raises(AttributeError, match="module 'lightning_rprop' has no attribute 'Rpropp'"):
         lightning_rprop.Rpropp  # noqa: B018
     assert set(lightning_rprop.__all__) <= set(dir(lightning_rprop))

@@ -86,9 +86,10 @@ def test_optimizer_is_found_typed_and_plain(app):
 
 
 def test_callback_is_found(app):
-    seen = last_json(
-        app()("optimizer=rprop", "+callbacks=step_size_monitor", "callbacks.step_size_monitor.every_n_steps=3")
-    )
+    overrides = ("callbacks.step_size_monitor.every_n_steps=3", "callbacks.full_batch.log_as=train/loss")
+    seen = last_json(app()("optimizer=rprop", "+callbacks=[step_size_monitor,full_batch]", *overrides))
+    full_batch = seen["callbacks"]["FullBatch"]
+    assert (full_batch["reduction"], full_batch["weight"], full_batch["log_as"]) == ("mean", None, "train/loss")
     monitor = seen["callbacks"]["StepSizeMonitor"]
     assert (monitor["every_n_steps"], monitor["statistics"], monitor["per_parameter"]) == (
         3,
@@ -130,7 +131,7 @@ def test_each_variant_has_a_config_and_can_be_swept(app):
 def test_help_lists_it(app):
     output = app()("--help")
     assert "optimizer: adam, irprop_minus, irprop_plus, rprop, rprop_minus, rprop_plus" in output
-    assert "callbacks: step_size_monitor" in output
+    assert "callbacks: full_batch, step_size_monitor" in output
 
 
 @pytest.mark.parametrize(
@@ -143,10 +144,11 @@ def test_help_lists_it(app):
         ("optimizer.etas=[a,b]", ["optimizer.etas[0]"]),
         ("optimizer.maximize=maybe", ["'maybe' is not a valid bool", "optimizer.maximize"]),
         ("callbacks.step_size_monitor.foo=1", ["Key 'foo' not in 'StepSizeMonitorConf'"]),
+        ("callbacks.full_batch.prog_bar=3.5", ["Value '3.5' is not a valid bool"]),
     ],
 )
 def test_bad_override_fails_at_composition(app, override, message):
-    output = app()("optimizer=rprop", "+callbacks=step_size_monitor", override, fails=True)
+    output = app()("optimizer=rprop", "+callbacks=[step_size_monitor,full_batch]", override, fails=True)
     for part in message:
         assert part in output
     assert "Traceback" not in output

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_rprop.lightning_private import logged_step
 from lightning_rprop.monitor.statistics import STATISTICS, summarize
 
 # What torch.compile and FSDP put into a parameter's name.
@@ -92,7 +93,7 @@ class StepSizeMonitor(Callback):
             interval = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
         stepped = trainer.global_step > self._steps_seen  # not so while gradients accumulate
         self._steps_seen = trainer.global_step
-        step = _logged_step(trainer)
+        step = logged_step(trainer)
         if stepped and self.logging_interval != "epoch" and interval > 0 and (step + 1) % interval == 0:
             self._log(trainer, pl_module, step)
         elif trainer.is_last_batch or trainer.global_step == trainer.max_steps:
@@ -106,7 +107,7 @@ class StepSizeMonitor(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log once an epoch if so asked."""
         if self.logging_interval == "epoch":
-            self._log(trainer, pl_module, _logged_step(trainer) - 1)  # the count is one on, once the batches are done
+            self._log(trainer, pl_module, logged_step(trainer) - 1)  # the count is one on, once the batches are done
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         metrics = self._measure(trainer, pl_module)
@@ -150,12 +151,3 @@ def _step_sizes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str,
                         name = name.replace(wrapper, "")
                     found[name] = state["step_size"]
     return found
-
-
-def _logged_step(trainer: pl.Trainer) -> int:
-    """Give the step at which Lightning logs its own values of this batch.
-
-    Private, but the only number that is right under accumulation and with several optimizers; Lightning's own monitors
-    read it too. ``trainer.global_step`` counts from one, and the steps of all optimizers.
-    """
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -1,0 +1,176 @@
+"""The loader: what a full batch is, how it is cut, and how often an epoch has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_rprop.full_batch.sources import make_source
+
+
+class MicroBatch(NamedTuple):
+    """A part of a full batch."""
+
+    data: Any
+    size: int
+    """Samples in it; 0 for one that only keeps a rank in step with the others; -1 where they cannot be counted."""
+    is_last: bool
+    """Whether the rank's pass ends with it."""
+
+
+class FullBatchLoader:
+    """A training data loader whose batches are optimizer steps over the whole data set.
+
+    Together with :class:`~lightning_rprop.FullBatch`: the Trainer gets ``steps_per_epoch`` batches an epoch, each of
+    which is a whole pass over ``data``; progress bar, ``max_steps``, ``limit_train_batches``, ``val_check_interval``
+    and callbacks count optimizer steps. It is not a ``DataLoader``, so that Lightning puts no sampler into it: the
+    ranks share the samples without repeating or dropping any.
+
+    Without micro-batches it can be iterated without the callback too, as it is for a validation: every rank then sees
+    all of the data.
+
+    Args:
+        data: The data set, the same on every rank:
+
+            - tensors of shape ``(samples, ...)``, alone or in tuples, lists or dicts, nested if you like; they are
+              held, once, and a rank holds only its share;
+            - a map-style ``Dataset``, collated once and then held likewise;
+            - a ``DataLoader``, for data that do not fit in memory: its batches are the micro-batches, read anew at each
+              step and shared among the ranks;
+            - an ``IterableDataset`` of samples (of ready batches with ``micro_batch_size=None``) or another iterable of
+              ready batches, of any length; under several ranks it gives each rank its own, at least one.
+        micro_batch_size: Samples of a micro-batch at most; ``None`` takes a rank's whole share at once. The sizes of
+            one share differ by no more than one. It bounds the memory of activations and changes nothing else.
+        steps_per_epoch: Optimizer steps of one Lightning epoch. More than one spares the costs of an epoch's end: a
+            validation, a checkpoint and the epoch's logs.
+        device: Where held tensors lie; ``None`` is the Trainer's device, ``"cpu"`` leaves them in (pinned) host memory
+            from which each micro-batch is brought to the device.
+
+    Raises:
+        TypeError: If ``data`` is or contains something else.
+        ValueError: If an argument is out of its range, tensors have no samples, or a DataLoader's sampler shuffles,
+            repeats or leaves out samples.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 10).unsqueeze(1)
+        >>> loader = FullBatchLoader((x, x.sin()), micro_batch_size=4, steps_per_epoch=100)
+        >>> [micro_batch.size for micro_batch in loader.micro_batches()]
+        [3, 3, 4]
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        micro_batch_size: int | None = None,
+        steps_per_epoch: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if micro_batch_size is not None and (not _is_int(micro_batch_size) or micro_batch_size < 1):
+            raise ValueError(f"micro_batch_size must be a number of samples >= 1, or None, got {micro_batch_size!r}")
+        if not _is_int(steps_per_epoch) or steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch must be a number of steps >= 1, got {steps_per_epoch!r}")
+        self.micro_batch_size = micro_batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.device = None if device is None else torch.device(device)
+        self._source = make_source(data, micro_batch_size)
+        self._part = self._source.whole(micro_batch_size)
+        self._served = False  # whether a FullBatch takes care of what the batches leave out
+        self.first: MicroBatch | None = None
+        self.rest: Iterator[MicroBatch] = iter(())
+
+    @property
+    def num_samples(self) -> int | None:
+        """How many samples all ranks have together; ``None`` for what is read anew at each pass."""
+        return self._source.num_samples
+
+    def lies_on(self, device: torch.device) -> bool:
+        """Tell whether all micro-batches are held on this device."""
+        return bool(self._part.leaves) and all(leaf.device == device for leaf in self._part.leaves)
+
+    def share(
+        self,
+        rank: int = 0,
+        num_replicas: int = 1,
+        device: torch.device | None = None,
+        convert: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Take one rank's share of the data from now on; called by :class:`~lightning_rprop.FullBatch`.
+
+        Args:
+            rank: Which share.
+            num_replicas: How many there are.
+            device: The device of the model, to which held tensors are brought unless the loader was given another.
+            convert: Brings held tensors to the dtype of the model; ``None`` leaves them as they are.
+
+        Raises:
+            ValueError: If the data cannot be cut, or a DistributedSampler is another rank's.
+        """
+        where, on_gpu = self.device or device, device is not None and device.type == "cuda"
+
+        def place(tensor: Tensor) -> Tensor:
+            tensor = tensor if convert is None else convert(tensor)
+            tensor = tensor if where is None else tensor.to(where)
+            return tensor.pin_memory() if on_gpu and tensor.device.type == "cpu" else tensor
+
+        self._part = self._source.share(rank, num_replicas, self.micro_batch_size, place)
+        self._served = True
+
+    def release(self) -> None:
+        """Give up the share, and a pass that has begun."""
+        self._part.close()
+        self._part = self._source.whole(self.micro_batch_size)
+        self._served = False
+        self.first, self.rest = None, iter(())
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """Make one pass over this rank's share.
+
+        Yields:
+            The micro-batches, one read ahead, so that the last is known as such.
+
+        Raises:
+            RuntimeError: If there is none, or if held data were written to in place.
+        """
+        ahead = iter(self._part)
+        try:
+            data, size = next(ahead)
+        except StopIteration:
+            raise RuntimeError(
+                "the training data gave this rank no batch: an iterable must start anew at each step, and give every "
+                "rank at least one batch"
+            ) from None
+        for after in ahead:
+            yield MicroBatch(data, size, is_last=False)
+            data, size = after
+        yield MicroBatch(data, size, is_last=True)
+
+    def __len__(self) -> int:
+        """Count the optimizer steps of an epoch."""
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        """Give the first micro-batch of a pass for each step; ``FullBatch`` takes the others from ``rest``."""
+        for _ in range(self.steps_per_epoch):
+            if not self._served and not self._part.single:
+                raise RuntimeError(
+                    "a FullBatchLoader with micro-batches gives the Trainer only the first of them; the others are "
+                    "taken by the callback FullBatch: Trainer(callbacks=[lightning_rprop.FullBatch()])"
+                )
+            self.rest = self.micro_batches()
+            self.first = next(self.rest)
+            yield self.first.data
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: nothing, as every step is the same pass; so Lightning need not warn."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what :meth:`state_dict` returned."""
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's too

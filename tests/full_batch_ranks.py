@@ -1,0 +1,158 @@
+"""What one rank does in test_full_batch_ranks.py: it fits in all cases and saves what it saw."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lit import trainer
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils.data import DataLoader, TensorDataset
+from whole_set import Regression, make_data
+
+from lightning_rprop import FullBatch, FullBatchLoader, Rprop
+
+
+class CountReductions(pl.Callback):
+    """Counts the all-reduces of gradients."""
+
+    def __init__(self):
+        self.count = 0
+
+    def on_train_start(self, trainer, pl_module):
+        def hook(state, bucket):
+            self.count += 1
+            return allreduce_hook(None, bucket)
+
+        trainer.strategy.model.register_comm_hook(None, hook)
+
+
+class Losses(pl.Callback):
+    """Keeps the loss that each step began with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(outputs["loss"].item())
+
+
+class Shared(Regression):
+    """It logs its rank at the end of a step, to be weighed by the rank's samples."""
+
+    def training_step(self, batch, batch_idx):
+        if self.log_options:
+            self.log("own", 1.0, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.log_options:
+            self.log("rank", float(self.global_rank), on_step=False, on_epoch=True, sync_dist=True)
+
+
+def fit(loader, steps, make, reduction="mean", weight=None, **log):
+    module = Shared(make, reduction, **log)
+    count, losses = CountReductions(), Losses()
+    fitter = trainer(
+        ".",
+        [count, losses, FullBatch(reduction, weight)],
+        devices=int(os.environ["WORLD_SIZE"]),
+        strategy=DDPStrategy(),
+        max_steps=steps,
+        max_epochs=-1,
+    )
+    fitter.fit(module, loader)
+    return {
+        "gradient": module.gradients[0],
+        "parameters": [p.detach() for p in module.parameters()],
+        "losses": losses.seen,
+        "reductions": count.count,
+        "targets": module.targets,
+        "metrics": dict(fitter.callback_metrics),
+    }
+
+
+def cases(world):
+    """Name and fit of each case; few steps, but for the last."""
+    plus = lambda params: Rprop(params, variant="irprop+")  # noqa: E731
+    for n, sizes in ((103, (None, 1, 8, 50, 102, 103)), (2, (None, 1)), (129, (64,))):
+        for size in sizes:
+            for reduction in ("mean", "sum"):
+                if size == 1 and n > 100 and reduction == "sum":
+                    continue
+                loader = FullBatchLoader(make_data(n), size, steps_per_epoch=2)
+                yield (n, size, reduction), fit(loader, 3, plus, reduction)
+    x, y = make_data(103)
+    stream = DataLoader(TensorDataset(x, y), batch_size=10)
+    yield "DataLoader", fit(FullBatchLoader(stream), 3, plus)
+    yield "weight", fit(FullBatchLoader(stream), 3, plus, weight=lambda batch: torch.tensor(float(len(batch[0]))))
+    short = DataLoader(TensorDataset(*make_data(2)), batch_size=1)
+    yield "short DataLoader", fit(FullBatchLoader(short), 3, plus)
+    rank = int(os.environ["RANK"])
+    own = [(x[i : i + 9], y[i : i + 9]) for i in range(9 * rank, 103, 9 * world)]  # not as many on each rank
+    yield "own batches", fit(FullBatchLoader(OwnBatches(own)), 3, plus)
+    loader = FullBatchLoader((x, y), 8, steps_per_epoch=2)
+    yield "log", fit(loader, 2, plus, on_step=True, on_epoch=True, sync_dist=True)
+    few = FullBatchLoader(make_data(2), steps_per_epoch=2)
+    yield "log of few", fit(few, 2, plus, on_step=True, on_epoch=True, sync_dist=True)
+    yield "max_iter", fit(loader, 3, lambda params: Rprop(params, max_iter=4))
+    yield "LBFGS", fit(loader, 2, lambda params: torch.optim.LBFGS(params, max_iter=3))
+    yield "dyadic", dyadic_run()
+    try:
+        fit(FullBatchLoader(make_data(10 + rank)), 1, plus)
+    except ValueError as error:
+        yield "different data", str(error)
+
+
+class OwnBatches:
+    """An iterable of ready batches, of no known length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def dyadic(n=96):
+    """Small whole numbers, so that all sums of gradients are exact in float64."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randint(-4, 5, (n, 5), generator=generator).double()
+    return x, torch.randint(-40, 41, (n, 1), generator=generator).double()
+
+
+class Absolute(Regression):
+    """A linear model with the absolute error, whose gradients are sums of inputs."""
+
+    def __init__(self, make):
+        super().__init__(make, net=torch.nn.Linear(5, 1).double())
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return (self.net(x) - y).abs().mean()
+
+    def on_before_optimizer_step(self, optimizer):
+        pass
+
+
+def halving(params):
+    """Step sizes that stay powers of two."""
+    return Rprop(params, lr=0.25, etas=(0.5, 2.0), step_sizes=(2**-20, 4.0))
+
+
+def dyadic_run(size=7):
+    module = Absolute(halving)
+    fitter = trainer(
+        ".", [FullBatch()], devices=int(os.environ["WORLD_SIZE"]), strategy=DDPStrategy(), max_steps=500, max_epochs=-1
+    )
+    fitter.fit(module, FullBatchLoader(dyadic(), size, steps_per_epoch=100))
+    return {"parameters": [p.detach() for p in module.parameters()]}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    world = int(os.environ["WORLD_SIZE"])
+    torch.save(dict(cases(world)), f"{sys.argv[1]}/{world}-{os.environ['RANK']}.pt")

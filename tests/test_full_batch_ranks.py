@@ -1,0 +1,103 @@
+"""Full batches on 1, 2 and 3 ranks: real gloo processes, the exact gradient, one all-reduce a step."""
+
+import copy
+
+import pytest
+import torch
+from full_batch_ranks import Absolute, dyadic, halving
+from lit import all_equal
+from whole_set import Regression, exact, make_data, relative_error, run_ranks
+
+WORLDS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def ranks(request, tmp_path_factory):
+    """What each rank of a world saw in each case."""
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    run_ranks("full_batch_ranks.py", request.param, folder, folder)
+    return [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
+
+
+def fits(ranks):
+    """The cases in which there was a fit."""
+    return [case for case, seen in ranks[0].items() if isinstance(seen, dict)]
+
+
+def samples(case):
+    n = case[0] if isinstance(case, tuple) else 2 if case in ("short DataLoader", "log of few") else 103
+    return make_data(n)
+
+
+def test_gradient_and_loss_are_those_of_all_samples(ranks):
+    for case in fits(ranks):
+        if case == "dyadic":
+            continue
+        loss, gradient = exact(Regression().net, samples(case))
+        for rank in ranks:
+            # float32's rounding; plain accumulation is wrong by 1e-2 to 5e1 here
+            assert relative_error(rank[case]["gradient"], gradient) < 1e-6, case
+            assert rank[case]["losses"][0] == pytest.approx(loss, rel=1e-6), case
+
+
+def test_all_ranks_have_the_same_loss_and_parameters(ranks):
+    for case in fits(ranks):
+        for rank in ranks[1:]:
+            assert rank[case].get("losses") == ranks[0][case].get("losses")
+            assert all_equal(rank[case]["parameters"], ranks[0][case]["parameters"]), case
+
+
+def test_one_reduction_of_gradients_a_step(ranks):
+    evaluations = {"LBFGS": None, "dyadic": None, "max_iter": 12, "log": 2, "log of few": 2}
+    for case in fits(ranks):
+        expected = evaluations.get(case, 3)
+        if expected is not None:
+            assert all(rank[case]["reductions"] == expected for rank in ranks), case
+
+
+def test_every_sample_is_seen_once(ranks):
+    for case in ranks[0]:
+        if not isinstance(case, tuple):
+            continue
+        n, size, _ = case
+        batches = [rank[case]["targets"] for rank in ranks]
+        assert len(set(map(len, batches))) == 1  # so that collectives find each other
+        assert all(size is None or len(batch) <= size for rank in batches for batch in rank)
+        seen = torch.cat([batch for rank in batches for batch in rank[: len(rank) // 3]])
+        needs_none_that_does_not_count = n >= len(ranks) and size != 1
+        if needs_none_that_does_not_count:
+            assert torch.equal(seen.sort().values, make_data(n)[1].flatten().sort().values), case
+        else:
+            assert set(seen.tolist()) == set(make_data(n)[1].flatten().tolist()), case
+
+
+def test_log_weighs_by_samples_over_micro_batches_and_ranks(ranks):
+    for rank in ranks:
+        for seen in (rank["log"], rank["log of few"]):
+            assert seen["metrics"]["loss_epoch"].item() == pytest.approx(sum(seen["losses"]) / 2, rel=1e-6)
+            assert seen["metrics"]["loss_step"].item() == pytest.approx(seen["losses"][-1], rel=1e-6)
+            assert seen["metrics"]["own"] == 1  # also on a rank without samples
+        seen = rank["log"]
+        shares = [(r + 1) * 103 // len(ranks) - r * 103 // len(ranks) for r in range(len(ranks))]
+        weighed = sum(r * share for r, share in enumerate(shares)) / 103
+        assert seen["metrics"]["rank"].item() == pytest.approx(weighed, rel=1e-6)
+
+
+def test_different_data_on_the_ranks_are_refused_on_all_of_them(ranks):
+    for i, rank in enumerate(ranks):
+        expected = f"{10 + i} samples here, 10 to {9 + len(ranks)} on the others. Give every rank the whole set"
+        assert expected in rank["different data"] if len(ranks) > 1 else "different data" not in rank
+
+
+def test_500_steps_equal_a_loop_by_hand_where_all_sums_are_exact(ranks):
+    module = Absolute(halving)
+    x, y = dyadic()
+    optimizer = module.configure_optimizers()
+    start = copy.deepcopy(list(module.parameters()))
+    for _ in range(500):
+        optimizer.zero_grad()
+        (module.net(x) - y).abs().sum().backward()  # Rprop does not see the factor 1/96
+        optimizer.step()
+    assert not all_equal(start, module.parameters())
+    for rank in ranks:
+        assert all_equal(rank["dyadic"]["parameters"], module.parameters())
