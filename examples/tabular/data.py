@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
+
+from lightning_rprop import FullBatchLoader
 
 
 def two_spirals(n: int = 1000, turns: float = 1.5, noise: float = 0.05, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -30,27 +29,6 @@ CLASSIFICATION = {
 REGRESSION = {"diabetes": lambda seed: load_diabetes(return_X_y=True)}
 
 
-class WholeSet:
-    """An iterable that gives the whole split as one batch, again and again: one full-batch step each.
-
-    Not a ``DataLoader``: there is nothing to collate at every step, and Lightning puts no sampler into it, so that
-    under DDP each rank computes the gradient of all samples.
-    """
-
-    def __init__(self, batch: tuple[Tensor, Tensor], times: int = 1) -> None:
-        self.batch = batch
-        self.times = times
-
-    def __len__(self) -> int:
-        """Count the batches of an epoch."""
-        return self.times
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the one batch as often as an epoch has steps."""
-        for _ in range(self.times):
-            yield self.batch
-
-
 class TabularData(pl.LightningDataModule):
     """A data set, split in train, val and test.
 
@@ -63,9 +41,18 @@ class TabularData(pl.LightningDataModule):
         test_size: Share of the set held out for the final figure.
         seed: Seed of the split.
         steps_per_epoch: Full-batch steps between two validations.
+        micro_batch_size: Samples on a device at once; ``None`` takes all.
     """
 
-    def __init__(self, dataset: str, val_size: float, test_size: float, seed: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        dataset: str,
+        val_size: float,
+        test_size: float,
+        seed: int,
+        steps_per_epoch: int,
+        micro_batch_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.name = dataset
         self.task = "classification" if dataset in CLASSIFICATION else "regression"
@@ -92,15 +79,16 @@ class TabularData(pl.LightningDataModule):
         self.in_features = x.shape[1]
         self.splits = {name: (x[part], y[part]) for name, part in (("train", train), ("val", val), ("test", test))}
         self.steps_per_epoch = steps_per_epoch
+        self.micro_batch_size = micro_batch_size
 
-    def train_dataloader(self) -> WholeSet:
-        """Give the training part, once for each step of an epoch."""
-        return WholeSet(self.splits["train"], self.steps_per_epoch)
+    def train_dataloader(self) -> FullBatchLoader:
+        """Give the training part, as a batch for each step of an epoch."""
+        return FullBatchLoader(self.splits["train"], self.micro_batch_size, self.steps_per_epoch)
 
-    def val_dataloader(self) -> WholeSet:
-        """Give the part that chooses the checkpoint."""
-        return WholeSet(self.splits["val"])
+    def val_dataloader(self) -> FullBatchLoader:
+        """Give the part that chooses the checkpoint, whole on every rank."""
+        return FullBatchLoader(self.splits["val"])
 
-    def test_dataloader(self) -> WholeSet:
-        """Give the part that nothing was chosen by."""
-        return WholeSet(self.splits["test"])
+    def test_dataloader(self) -> FullBatchLoader:
+        """Give the part that nothing was chosen by, whole on every rank."""
+        return FullBatchLoader(self.splits["test"])
