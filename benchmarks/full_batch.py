@@ -1,0 +1,326 @@
+"""What full-batch training costs in Lightning, against hand-written loops and against Lightning's own ways.
+
+An MLP 20-64-64-1 with tanh learns a regression, on the CPU. The programs of a row run in turn, many times over, so that
+whatever else the machine does falls on all of them; printed are medians of the milliseconds of one optimizer step, an
+evaluation and a move, measured between calls of training_step.
+
+    python -m benchmarks.full_batch
+    python -m benchmarks.full_batch --json full_batch.json
+    python -m benchmarks.full_batch --seconds 0.1 --only alone,memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.step import processor
+from lightning_rprop import FullBatch, FullBatchLoader, Rprop
+
+OURS = "FullBatch"
+LARGE, SMALL = 2000, 32
+MICRO_BATCHES = 16
+
+
+def network() -> nn.Sequential:
+    """Make the network, the same at each call."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+
+
+def data(n: int) -> tuple[Tensor, Tensor]:
+    """Make ``n`` samples: inputs ``(n, 20)`` and targets ``(n, 1)``."""
+    x = torch.randn(n, 20, generator=torch.Generator().manual_seed(0))
+    return x, x[:, :2].sin().sum(dim=1, keepdim=True)
+
+
+class Fit(pl.LightningModule):
+    """The model as a user writes it; it notes when training_step begins."""
+
+    def __init__(self, make: Callable[..., torch.optim.Optimizer], log: bool = False) -> None:
+        super().__init__()
+        self.net = network()
+        self.make = make
+        self.logs = log
+        self.starts: list[float] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Compute the mean squared error."""
+        self.starts.append(time.perf_counter())
+        x, y = batch
+        loss = (self.net(x) - y).square().mean()
+        if self.logs:
+            self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Make the optimizer."""
+        return self.make(self.parameters())
+
+
+def milliseconds(starts: list[float], calls_per_step: int) -> float:
+    """Give the time of a step, the first tenth of the run left out."""
+    begin = len(starts) // 10 // calls_per_step * calls_per_step
+    return 1e3 * (starts[-1] - starts[begin]) / (len(starts) - 1 - begin) * calls_per_step
+
+
+def fit(module: Fit, loader: Any, folder: str, **options: Any) -> list[float]:
+    """Train, quietly, and tell when each training_step began."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **{**quiet, "devices": 1, **options}
+    )
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        trainer.fit(module, loader)
+    return module.starts
+
+
+def ours(n: int, folder: str, steps: int, max_iter: int = 1, cuts: int = 1, log: bool = False, **options: Any) -> float:
+    """Train with FullBatch; ``cuts`` is how many micro-batches each rank makes."""
+    module = Fit(lambda params: Rprop(params, max_iter=max_iter), log)
+    batches = max(2, steps // max_iter)
+    loader = FullBatchLoader(data(n), math.ceil(n / cuts / options.get("devices", 1)), steps_per_epoch=batches)
+    starts = fit(module, loader, folder, callbacks=[FullBatch()], max_epochs=1, **options)
+    return milliseconds(starts, cuts)
+
+
+def by_hand(n: int, folder: str, steps: int, cuts: int = 1) -> float:
+    """Train in a loop as one writes it without Lightning, with torch's Rprop."""
+    net, (x, y) = network(), data(n)
+    optimizer = torch.optim.Rprop(net.parameters())
+    size = math.ceil(n / cuts)
+    starts = []
+    for _ in range(steps):
+        starts.append(time.perf_counter())
+        optimizer.zero_grad()
+        for i in range(0, n, size):
+            inputs, targets = x[i : i + size], y[i : i + size]
+            loss = (net(inputs) - targets).square().mean()
+            if cuts > 1:
+                loss = loss * (len(inputs) / n)
+            loss.backward()
+        optimizer.step()
+    return milliseconds(starts, 1)
+
+
+def as_users_do(n: int, folder: str, steps: int) -> float:
+    """Train in Lightning with a DataLoader of one batch."""
+    module = Fit(torch.optim.Rprop)
+    loader = DataLoader(TensorDataset(*data(n)), batch_size=n)
+    return milliseconds(fit(module, loader, folder, max_epochs=steps), 1)
+
+
+def accumulating(n: int, folder: str, steps: int, cuts: int, **options: Any) -> float:
+    """Train in Lightning with gradients accumulated over the epoch."""
+    module = Fit(torch.optim.Rprop)
+    ranks = options.get("devices", 1)
+    loader = DataLoader(TensorDataset(*data(n)), batch_size=math.ceil(n / cuts / ranks))
+    starts = fit(module, loader, folder, accumulate_grad_batches=cuts, max_epochs=steps, **options)
+    return milliseconds(starts, cuts)
+
+
+class Row(NamedTuple):
+    """Two programs, and how many times the peer's time ours may take."""
+
+    about: str
+    ours: Callable[[str, int], float]
+    peer_name: str
+    peer: Callable[[str, int], float]
+    allowed: float
+
+
+def _row(about: str, n: int, peer_name: str, peer: Callable[..., float], allowed: float, **how: Any) -> Row:
+    cuts = {"cuts": how["cuts"]} if "cuts" in how else {}
+    return Row(
+        f"{about}, N = {n:,}",
+        lambda folder, steps: ours(n, folder, steps, **how),
+        peer_name,
+        lambda folder, steps: peer(n, folder, steps, **cuts),
+        allowed,
+    )
+
+
+def _bare(n: int, folder: str, steps: int) -> float:
+    return ours(n, folder, steps, log=True)
+
+
+def rows(folder: str) -> dict[str, Row]:
+    """Give the rows of the table."""
+    hand, users = "loop by hand, torch.optim.Rprop", "Lightning, DataLoader(batch_size=N)"
+    observed = {"logger": CSVLogger(folder), "enable_progress_bar": True, "log": True}
+    return {
+        "often-large": _row("max_iter=20", LARGE, hand, by_hand, 1.0, max_iter=20),
+        "often-small": _row("max_iter=20", SMALL, hand, by_hand, 1.0, max_iter=20),
+        "alone-large": _row("max_iter=1", LARGE, hand, by_hand, 1.25),
+        "alone-small": _row("max_iter=1", SMALL, hand, by_hand, 1.75),
+        "users": _row("max_iter=1", LARGE, users, as_users_do, 0.25),
+        "micro": _row(
+            f"{MICRO_BATCHES} micro-batches", LARGE, f"{hand}, accumulating", by_hand, 1.4, cuts=MICRO_BATCHES
+        ),
+        "observed": _row("progress bar and CSVLogger", LARGE, "the same without", _bare, 1.15, **observed),
+    }
+
+
+def medians(row: Row, folder: str, seconds: float) -> tuple[float, float]:
+    """Run both programs in turn for about so long each; give the medians of their milliseconds a step."""
+    programs = (row.ours, row.peer)
+    steps = [max(40, int(1e3 * seconds / 8 / program(folder, 40))) for program in programs]
+    times: list[list[float]] = [[], []]
+    for _ in range(8):
+        for program, n, found in zip(programs, steps, times, strict=True):
+            found.append(program(folder, n))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def on_two_ranks(folder: str, seconds: float) -> tuple[float, float]:
+    """Run both programs of the row for two ranks in two gloo processes, as torchrun starts them."""
+    processes = []
+    for rank in range(2):
+        places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        places |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 29531, "TORCHELASTIC_RUN_ID": "benchmark"}
+        environment = {**os.environ, **{name: str(value) for name, value in places.items()}}
+        command = [sys.executable, "-m", "benchmarks.full_batch", "--as-rank", folder, "--seconds", str(seconds)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        sys.exit("a rank failed")
+    found = json.loads(outputs[0].splitlines()[-1])
+    return found[0], found[1]
+
+
+def as_rank(folder: str, seconds: float) -> None:
+    """Be one of the two ranks; the same number of rounds and steps on both."""
+    times: list[list[float]] = [[], []]
+    steps = max(20, int(20 * seconds))
+    both = {"devices": 2, "strategy": "ddp"}
+    for _ in range(5):
+        times[0].append(ours(LARGE, folder, steps, cuts=MICRO_BATCHES, **both))
+        times[1].append(accumulating(LARGE, folder, steps, cuts=MICRO_BATCHES, **both))
+    if os.environ["RANK"] == "0":
+        print(json.dumps([statistics.median(found) for found in times]))
+
+
+class Saved:
+    """Counts the bytes that autograd saves for backward, parameters left out, and remembers the most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Count a tensor until it is let go."""
+        if isinstance(tensor, nn.Parameter) or (tensor.ndim == 2 and isinstance(tensor._base, nn.Parameter)):
+            return tensor
+        return _Kept(self, tensor)
+
+    def unpack(self, kept: Any) -> Tensor:
+        """Give the tensor back."""
+        return kept.tensor if isinstance(kept, _Kept) else kept
+
+
+class _Kept:
+    def __init__(self, owner: Saved, tensor: Tensor) -> None:
+        self.owner, self.tensor, self.size = owner, tensor, tensor.nbytes
+        owner.now += self.size
+        owner.most = max(owner.most, owner.now)
+
+    def __del__(self) -> None:
+        self.owner.now -= self.size
+
+
+class Counted(Fit):
+    """The same model, whose saved tensors are counted."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Compute the loss."""
+        with torch.autograd.graph.saved_tensors_hooks(self.saved.pack, self.saved.unpack):
+            return super().training_step(batch, batch_idx)
+
+
+def activations(folder: str) -> dict[str, int]:
+    """Measure the most bytes of activations at once, with and without micro-batches."""
+    found = {}
+    for name, size in (("one batch", None), (f"{MICRO_BATCHES} micro-batches", LARGE // MICRO_BATCHES)):
+        module = Counted(Rprop)
+        module.saved = Saved()
+        fit(module, FullBatchLoader(data(LARGE), size), folder, callbacks=[FullBatch()], max_epochs=3)
+        found[name] = module.saved.most
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each program of a row, about")
+    parser.add_argument(
+        "--only", help="comma-separated beginnings of rows: often, alone, users, micro, observed, ranks, memory"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--as-rank", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if arguments.as_rank:
+        as_rank(arguments.as_rank, arguments.seconds)
+        return
+
+    found: dict[str, Any] = {}
+    print("| row | ms | peer | ms | ratio | allowed |\n|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        table = rows(folder)
+        names = [*table, "ranks", "memory"]
+        wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
+        chosen = [name for name in names if name.startswith(wanted)]
+        if unknown := [beginning for beginning in wanted if not any(name.startswith(beginning) for name in names)]:
+            parser.error(f"--only: no row {', '.join(unknown)}; there are {', '.join(names)}")
+        for name in chosen:
+            if name == "memory":
+                continue
+            if name == "ranks":
+                about, peer, allowed = (
+                    f"2 gloo ranks, {MICRO_BATCHES} micro-batches each",
+                    "Lightning's accumulation",
+                    1 / 1.8,
+                )
+                mine, theirs = on_two_ranks(folder, arguments.seconds)
+            else:
+                about, peer, allowed = table[name].about, table[name].peer_name, table[name].allowed
+                mine, theirs = medians(table[name], folder, arguments.seconds)
+            found[name] = {"ms": mine, "peer_ms": theirs}
+            ratio = mine / theirs
+            print(f"| {about} | {mine:.3f} | {peer} | {theirs:.3f} | {ratio:.2f} | {allowed:.2f} |", flush=True)
+        if "memory" in chosen:
+            found["memory"] = activations(folder)
+            (_, whole), (cut, part) = found["memory"].items()
+            print(f"| activations, {cut} | {part:,} B | one batch | {whole:,} B | 1/{whole / part:.1f} | 1/12 |")
+    versions = {"Python": platform.python_version(), "torch": torch.__version__, "Lightning": lightning.__version__}
+    about = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print(f"\n{about}; {processor()}, 1 thread")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"versions": versions, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
