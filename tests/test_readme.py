@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 def test_every_block_is_known():
     assert {language for language, _ in BLOCKS} == {"python", "bash"}
-    assert set(SNIPPETS) == {"plain.py", "fit.py", "app.py", "cli.py"}
+    assert set(SNIPPETS) == {"plain.py", "fit.py", "large.py", "app.py", "cli.py"}
     # these two install first: .ci/run runs the lines whole, test_app.py what the first of them starts
     assert SET_UP.format("examples", "python examples/train.py") in COMMANDS
     assert SET_UP.format("test", "pytest") in COMMANDS
@@ -45,11 +45,18 @@ def test_plain_snippet_trains(folder):
 
 
 def test_lightning_snippet_trains_and_logs(folder):
-    assert run("python fit.py", folder).strip().splitlines()[-1].startswith("tensor(")
+    loss, step_size = re.findall(r"tensor\(([\d.e-]+)", run("python fit.py", folder).strip().splitlines()[-1])
+    assert float(loss) < 1e-3
+    assert float(step_size) > 0
     assert (
         list(folder.glob("lightning_logs/version_0/events*"))
         or (folder / "lightning_logs/version_0/metrics.csv").exists()
     )
+
+
+def test_large_snippet_trains(folder):
+    (loss,) = re.findall(r"tensor\(([\d.e-]+)", run("python large.py", folder).strip().splitlines()[-1])
+    assert float(loss) < 1e-3
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("pip install")])
@@ -59,6 +66,8 @@ def test_command_runs(command, folder):
         "benchmarks.variants": " --starts 1 --only ellipsoid",
         "benchmarks.step": " --seconds 0.1 --only small",
         "benchmarks.budget": " --seconds 0.1 --starts 1 --only ellipsoid",
+        "benchmarks.full_batch": " --seconds 0.1 --only alone-small,memory",
+        "examples/pinn.py": " --seconds 0.5 --points 8",
     }
     output = run(command + next((b for name, b in budgets.items() if name in command), ""), folder)
     if "app.py" in command:
@@ -66,9 +75,14 @@ def test_command_runs(command, folder):
     elif "help" in command:
         assert "--optimizer.etas" in output
         assert "initial step size" in output.lower()
+    elif "pinn" in command:
+        assert "picture pinn.png" in output
     elif "examples" in command:
         assert "checkpoint" in output
     elif "benchmarks.step" in command:
         assert "| cpu, float32, 6 tensors, 1,377 parameters | torch Rprop for-loop |" in output
+    elif "benchmarks.full_batch" in command:
+        assert "| max_iter=1, N = 32 |" in output
+        assert "| activations, 16 micro-batches |" in output
     elif "benchmarks" in command:
         assert "| ellipsoid, condition 10^2, parallel axes |" in output
