@@ -179,7 +179,6 @@ class _Fit:
         self.moves = _max_iter(optimizer)
         self.randomness: RandomnessCheck | None = None
         self.step = -1  # Lightning's count before the one that has begun
-        self.first = True
         self.warned = warned
         self.takes_loss = "loss" in inspect.signature(type(optimizer).step).parameters
         self.wrapped = False  # whether a step with our closure is running
@@ -192,14 +191,13 @@ class _Fit:
         self.loss = None
         self.evaluations = 0
         self.wrapped = False
-        self.step = self.evaluation.trainer.global_step
+        first, self.step = self.step < 0, self.evaluation.trainer.global_step
         self.buffers.begin()
         self.evaluation.begin(batch_idx)
-        if self.first and not self.evaluation.alone:
+        if first and not self.evaluation.alone:
             warn_of_batch_statistics(self.evaluation.pl_module)
-        if self.first and not self.warned:
+        if first and not self.warned:
             self.randomness = RandomnessCheck(self.evaluation.trainer.strategy.root_device)
-        self.first = False
 
     def check_randomness(self) -> None:
         if self.randomness is not None:

@@ -153,7 +153,8 @@ class Evaluation:
             if not self.in_place:
                 batch = before_batch_transfer(self.pl_module, precision.convert_input(batch))
                 batch = strategy.batch_to_device(batch, dataloader_idx=0)
-            weigh_logs(self.trainer, self._log_weight(micro_batch))
+            log_weight = self._log_weight(micro_batch)
+            weigh_logs(self.trainer, log_weight)
             with nullcontext() if micro_batch.is_last else self.blocked():
                 output = run_training_step(self.trainer, batch, *index)
                 loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -166,7 +167,7 @@ class Evaluation:
                     loss = self.scaler.scale(loss)
                 precision.backward(loss, self.pl_module, self.optimizer)
             if not self.alone:
-                self.logs.take(self._log_weight(micro_batch))
+                self.logs.take(log_weight)
 
     def _take(self, value: Tensor, micro_batch: MicroBatch) -> float | Tensor | None:
         """Add a loss to the sum; return the factor of its gradient, ``None`` for 1."""
