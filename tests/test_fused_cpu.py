@@ -12,6 +12,7 @@ from cases import gradients
 
 from lightning_rprop import Rprop
 from lightning_rprop.optim import fused_cpu
+from lightning_rprop.optim import threads as kernel_threads
 
 LARGE = 4 * fused_cpu._CHUNK
 
@@ -59,8 +60,8 @@ def threads():
 def test_as_many_threads_as_the_work_is_worth_and_torch_allows(sizes, allowed, expected, threads, monkeypatch):
     torch.set_num_threads(allowed)
     asked = []
-    pool = fused_cpu._pool
-    monkeypatch.setattr(fused_cpu, "_pool", lambda helpers: asked.append(helpers) or pool(helpers))
+    pool = kernel_threads._pool
+    monkeypatch.setattr(kernel_threads, "_pool", lambda helpers: asked.append(helpers) or pool(helpers))
     params = [torch.zeros(size, requires_grad=True) for size in sizes]
     optimizer = Rprop(params, fused=True)
     for p in params:

@@ -75,7 +75,7 @@ def dispatch(
     """
     lists = (params, grads, prevs, step_sizes)
     if torch.compiler.is_compiling():  # the compiler fuses the plain loop itself, across all tensors
-        return [(update, [[*map(_as_real, tensors)] for tensors in lists])]
+        return [(update, [[*map(as_real, tensors)] for tensors in lists])]
     if fused is None and (foreach is not None or differentiable):
         fused = False
     if fused is not False and (kernel := fused_update_of_all(params, grads, prevs, step_sizes, take_back)):
@@ -83,7 +83,7 @@ def dispatch(
 
     batches: dict[tuple[Update, torch.device, torch.dtype], list[list[Tensor]]] = {}
     for i, row in enumerate(zip(*lists, strict=True)):
-        param, grad, prev, step_size = map(_as_real, row)
+        param, grad, prev, step_size = map(as_real, row)
         chosen = "" if fused is False else fused_update(param, grad, prev, step_size, take_back)
         if isinstance(chosen, str):
             if fused:
@@ -111,7 +111,7 @@ def check_fused(names: Sequence[str], rows: Sequence[tuple[Tensor, Tensor, Tenso
     if not rows or fused_update_of_all(params, grads, prevs, step_sizes, take_back=False):
         return
     for name, row in zip(names, rows, strict=True):
-        param, grad, prev, step_size = map(_as_real, row)
+        param, grad, prev, step_size = map(as_real, row)
         _refuse(name, fused_update(param, grad, prev, step_size, take_back=False))
 
 
@@ -122,6 +122,6 @@ def _refuse(name: str, chosen: Update | str) -> None:
         )
 
 
-def _as_real(tensor: Tensor) -> Tensor:
+def as_real(tensor: Tensor) -> Tensor:
     """Give a view of the tensor in which a complex number is two real ones."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -85,7 +85,7 @@ def fused_update(
         strides = [tensor.stride() for tensor in four]
         if strides != [strides[0]] * 4:
             return f"parameter, gradient, prev and step_size differ in strides: {', '.join(map(str, strides))}"
-        if not _is_dense(param):
+        if not is_dense(param):
             return f"its memory has gaps or overlaps: shape {tuple(param.shape)}, strides {strides[0]}"
     if any(map(Tensor.is_neg, four)):
         return "a tensor has its negative bit set, see torch.Tensor.resolve_neg"
@@ -102,7 +102,7 @@ def _implementation(param: Tensor, take_back: bool | Tensor) -> Callable[..., No
     return _load(param.device, param.dtype)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Tell whether the elements fill a piece of memory, in whatever order."""
     size = 1
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from array import array
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_rprop.optim.rounding import rounded
+from lightning_rprop.optim.threads import run
 
 # The C type of a kernel; calls release the interpreter's lock.
 PROTOTYPE = ctypes.CFUNCTYPE(
@@ -57,19 +55,8 @@ def update_fused_cpu(
     tables = (addresses.buffer_info()[0], sizes.buffer_info()[0], len(sizes), _CHUNK, taken.buffer_info()[0])
     arguments = (*tables, numbers.buffer_info()[0], maximize, forget, bool(take_back))
     threads = min(torch.get_num_threads(), sum(sizes) // _CHUNK)
-    if threads < 2:
-        kernel(*arguments)
-    else:
-        # what a helper needs as long as it runs, whatever happens here
-        needed = (addresses, sizes, taken, numbers, params, grads, prevs, step_sizes)
-        helpers = []
-        try:
-            with suppress(RuntimeError):  # no thread to be had, at the interpreter's end for one: this one does it all
-                for _ in range(threads - 1):
-                    helpers.append(_pool(threads - 1).submit(lambda *_: kernel(*arguments), needed))
-            kernel(*arguments)
-        finally:
-            wait([helper for helper in helpers if not helper.cancel()])
+    # what the kernel reads and writes must live as long as a thread of it does
+    run(lambda *_: kernel(*arguments), threads, addresses, sizes, taken, numbers, params, grads, prevs, step_sizes)
     torch.autograd.graph.increment_version(params)  # as torch's own in-place operations tell autograd
 
 
@@ -100,17 +87,3 @@ def load_kernel(dtype: torch.dtype) -> Callable[..., None]:
 
     source = Path(__file__).with_name("fused_cpu_kernel.py").read_text()
     return PROTOTYPE(load(f"rprop_{name}", source, compile_module))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Give threads that stay for the process's life: kernels release the interpreter's lock.
-
-    Threads of our own, as Numba's layers end the process when they are used from two threads (workqueue) or after a
-    fork (GNU OpenMP).
-    """
-    return ThreadPoolExecutor(threads, thread_name_prefix="rprop")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

@@ -42,7 +42,7 @@ def compile_kernel(dtype: str) -> tuple[str, str]:
 
 
 @intrinsic
-def _take(typing_context, taken, chunk):
+def take(typing_context, taken, chunk):
     """Add to a counter that several threads share, and give what it was before."""
 
     def generate(context, builder, signature, arguments):
@@ -130,7 +130,7 @@ def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], An
         """
         row, start = 0, 0
         while row < rows:
-            begin = _take(taken, chunk)
+            begin = take(taken, chunk)
             end = begin + chunk
             while row < rows and start < end:
                 update(
