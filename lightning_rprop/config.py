@@ -48,8 +48,23 @@ class StepSizeMonitorConf:
     _convert_: str = "all"
     logging_interval: Optional[str] = None  # noqa: UP045
     every_n_steps: Optional[int] = None  # noqa: UP045
-    statistics: Tuple[str, ...] = ("mean", "min", "max")  # noqa: UP006
-    per_parameter: bool = True
+    statistics: Tuple[str, ...] = (  # noqa: UP006
+        "mean",
+        "min",
+        "max",
+        "lower_bound",
+        "upper_bound",
+        "at_lower_bound",
+        "at_upper_bound",
+        "sign_changed",
+        "zero_gradient",
+        "nonfinite_gradient",
+    )
+    per_parameter: Any = False
+    per_group: bool = False
+    histogram: bool = False
+    prog_bar: Tuple[str, ...] = ()  # noqa: UP006
+    silence: Tuple[str, ...] = ()  # noqa: UP006
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import Logger
 
 
 class Net(pl.LightningModule):
@@ -54,6 +55,26 @@ class Batches:
         generator = torch.Generator().manual_seed(0)
         batch = torch.randn(10, 3, generator=generator)
         return iter([batch] * self.n)
+
+
+class Recorder(Logger):
+    """A logger that keeps the calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    name, version = "recorder", 0
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.calls.append((step, dict(metrics)))
+
+    def records(self):
+        """The calls of the monitor: step and metrics."""
+        return [(step, metrics) for step, metrics in self.calls if any(k.startswith("step_size/") for k in metrics)]
 
 
 def trainer(tmp_path, callbacks=(), package=pl, **kwargs):

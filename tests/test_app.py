@@ -43,7 +43,8 @@ def test_main_job(tmp_path):
     assert state["param_groups"][0]["etas"] == (0.5, 1.2)
     with (Path(result["logs"]) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert sum(bool(row["step_size/net.0.weight/mean"]) for row in rows) == 40
+    assert sum(bool(row["step_size/net.0.weight/median"]) for row in rows) == 40
+    assert sum(bool(row["step_size/sign_changed"]) for row in rows) == 40
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
@@ -101,7 +102,7 @@ def test_sweep_leaves_a_folder_for_each_job(tmp_path):
 
 def test_without_callbacks_and_logger(tmp_path):
     result = table(train(tmp_path, "~callbacks", "~logger", "trainer.max_epochs=1"))
-    assert result["picture"] == "none (no step_size_monitor)"
+    assert result["picture"] == "none (no step sizes)"
     assert result["logs"] == "none"
 
 

@@ -468,7 +468,7 @@ def test_monitor_and_reloaded_data_loaders(tmp_path):
     module = Reloading()
     fitter = trainer(
         tmp_path,
-        [StepSizeMonitor(), FullBatch()],
+        [StepSizeMonitor(silence=["no_logger"]), FullBatch()],
         max_epochs=3,
         reload_dataloaders_every_n_epochs=1,
         log_every_n_steps=1,
@@ -588,7 +588,7 @@ def test_ctrl_c_while_weights_move_waits_for_the_end_of_the_step(plugins, tmp_pa
 @pytest.mark.parametrize("max_iter", [1, 10])
 def test_ctrl_c_at_any_moment_saves_no_half_step(max_iter, tmp_path):
     make = lambda p: Rprop(p, max_iter=max_iter)  # noqa: E731
-    steps = 400 // max_iter
+    steps = 240 // max_iter
     whole = Regression(make)
     fit(tmp_path, whole, 50, steps=steps, per_epoch=37)
     moments = random.Random(0)

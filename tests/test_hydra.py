@@ -87,14 +87,19 @@ def test_optimizer_is_found_typed_and_plain(app):
 
 def test_callback_is_found(app):
     overrides = ("callbacks.step_size_monitor.every_n_steps=3", "callbacks.full_batch.log_as=train/loss")
+    overrides += (
+        "callbacks.step_size_monitor.statistics=[median,q10]",
+        "callbacks.step_size_monitor.silence=[no_logger]",
+    )
+    overrides += ("callbacks.step_size_monitor.per_parameter=[net.*]",)
     seen = last_json(app()("optimizer=rprop", "+callbacks=[step_size_monitor,full_batch]", *overrides))
     full_batch = seen["callbacks"]["FullBatch"]
     assert (full_batch["reduction"], full_batch["weight"], full_batch["log_as"]) == ("mean", None, "train/loss")
     monitor = seen["callbacks"]["StepSizeMonitor"]
     assert (monitor["every_n_steps"], monitor["statistics"], monitor["per_parameter"]) == (
         3,
-        ["mean", "min", "max"],
-        True,
+        ["median", "q10"],
+        ["net.*"],
     )
 
 

@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 def test_every_block_is_known():
     assert {language for language, _ in BLOCKS} == {"python", "bash"}
-    assert set(SNIPPETS) == {"plain.py", "fit.py", "large.py", "app.py", "cli.py"}
+    assert set(SNIPPETS) == {"plain.py", "fit.py", "large.py", "watch.py", "app.py", "cli.py"}
     # these two install first: .ci/run runs the lines whole, test_app.py what the first of them starts
     assert SET_UP.format("examples", "python examples/train.py") in COMMANDS
     assert SET_UP.format("test", "pytest") in COMMANDS
@@ -68,9 +68,13 @@ def test_command_runs(command, folder):
         "benchmarks.budget": " --seconds 0.1 --starts 1 --only ellipsoid",
         "benchmarks.full_batch": " --seconds 0.1 --only alone-small,memory",
         "examples/pinn.py": " --seconds 0.5 --points 8",
+        "benchmarks.monitor": " --seconds 0.1 --only digits",
     }
     output = run(command + next((b for name, b in budgets.items() if name in command), ""), folder)
-    if "app.py" in command:
+    if "watch.py" in command:
+        assert output.strip().endswith("step_sizes.png")
+        assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("watch.png", "step_sizes.png"))
+    elif "app.py" in command:
         assert "lr: 0.05" in output or "lr: 0.1" in output
     elif "help" in command:
         assert "--optimizer.etas" in output
@@ -81,6 +85,8 @@ def test_command_runs(command, folder):
         assert "checkpoint" in output
     elif "benchmarks.step" in command:
         assert "| cpu, float32, 6 tensors, 1,377 parameters | torch Rprop for-loop |" in output
+    elif "benchmarks.monitor" in command:
+        assert "| digits: default, of a step |" in output
     elif "benchmarks.full_batch" in command:
         assert "| max_iter=1, N = 32 |" in output
         assert "| activations, 16 micro-batches |" in output

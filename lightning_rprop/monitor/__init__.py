@@ -1,5 +1,1 @@
-"""What the step sizes are doing."""
-
-from lightning_rprop.monitor.callback import StepSizeMonitor
-
-__all__ = ["StepSizeMonitor"]
+"""What the step sizes are doing: ``lightning_rprop.StepSizeMonitor``, and pictures, which need no torch."""

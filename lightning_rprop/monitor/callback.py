@@ -2,57 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from lightning_rprop.lightning_private import logged_step
-from lightning_rprop.monitor.statistics import STATISTICS, summarize
+from lightning_rprop.monitor.advice import TOPICS, Advice
+from lightning_rprop.monitor.history import History
+from lightning_rprop.monitor.loggers import send
+from lightning_rprop.monitor.optimizers import Row, are_shared_out, find_rprop, list_rows
+from lightning_rprop.monitor.record import TOTAL, Look, Plan, Record, Scope, look, measure
+from lightning_rprop.monitor.statistics import DEFAULT, STATISTICS, quantile_of
 
-# What torch.compile and FSDP put into a parameter's name.
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
 
 
 class StepSizeMonitor(Callback):
-    """Log the step sizes of Rprop: which parameters still learn, and how fast.
+    """Log what the step sizes of Rprop do: which parameters still learn, which are frozen, which oscillate.
 
-    Works with :class:`lightning_rprop.Rprop` and ``torch.optim.Rprop``, in automatic and manual optimization. The
-    values go to every logger of the Trainer, at the step count of Lightning's own values, and to
-    ``trainer.callback_metrics``, where ``EarlyStopping(monitor="step_size/mean")`` and ``ModelCheckpoint`` find them;
-    there they are also refreshed before each validation and at the end of each epoch.
+    Works with :class:`lightning_rprop.Rprop` and ``torch.optim.Rprop``, one or several, beside other optimizers, in
+    automatic and manual optimization, with parameters that are sharded among processes.
 
-    Logged, in the parameters' unit:
+    A record is of one optimizer step, at the step count of Lightning's own values. Every logger gets it in one call.
+    ``trainer.callback_metrics`` gets the values over all parameters and of groups, for ``EarlyStopping``,
+    ``ModelCheckpoint`` and schedulers: at every record, at the run's last step, and at every step if one of them
+    monitors a key that begins with ``step_size/``.
 
-    - ``step_size/mean``, ``step_size/min``, ``step_size/max``: over all weights of all Rprop optimizers;
-    - ``step_size/<parameter name>/mean``, ``.../min``, ``.../max``: over the weights of one parameter.
+    Logged is ``step_size/<statistic>`` over all weights of all Rprops, ``step_size/<group>/<statistic>`` over a group
+    of parameters (``group0``, or the group's ``"name"``; behind ``optimizer1.`` where there are several Rprops), and
+    ``step_size/<parameter name>/<statistic>`` over one parameter:
+
+    ======================  =================  ========================================================================
+    statistic               unit               what it is
+    ======================  =================  ========================================================================
+    ``mean``                of the weights     mean of the step sizes
+    ``min``, ``max``        of the weights     the smallest and the largest
+    ``median``              of the weights     half of them are smaller; as ``q50``
+    ``q10``, ``q2.5``, ...  of the weights     quantile: so many per cent are smaller; ``q0`` to ``q100``
+    ``std_log10``           powers of ten      standard deviation of log10 of the step sizes (of the population)
+    ``lower_bound``,        of the weights     the bounds in force, ``step_sizes`` of the optimizer
+    ``upper_bound``
+    ``at_lower_bound``,     share, 0 to 1      how many of the weights have a step size at the bound
+    ``at_upper_bound``
+    ``sign_changed``        share, 0 to 1      how many of the weights saw another sign of the gradient than at the step
+                                               before (with the weight decay, as the rule sees it)
+    ``zero_gradient``       share, 0 to 1      how many entries of the gradient were exactly zero
+    ``nonfinite_gradient``  entries            how many entries of the gradient were infinite or NaN
+    ======================  =================  ========================================================================
+
+    The last three are of the gradient just before the step; where that evaluates several times, of the last evaluation
+    for which ``on_before_optimizer_step`` was called (under ``FullBatch`` the first). A parameter appears with its
+    first gradient. Quantiles of sharded parameters are exact up to 4,096 step sizes on each process; of more, each
+    process shows as many to the others, evenly spaced in their order, which moves a quantile by at most 0.02 per cent.
 
     Args:
-        logging_interval: ``"step"`` logs every ``every_n_steps`` optimizer steps, ``"epoch"`` at the end of each
-            training epoch; ``None`` is ``"step"``.
+        logging_interval: ``"step"`` makes a record every ``every_n_steps`` optimizer steps, ``"epoch"`` at the end of
+            each training epoch; ``None`` is ``"step"``.
         every_n_steps: Optimizer steps between two records; ``None`` follows ``Trainer(log_every_n_steps=...)``.
-        statistics: Which statistics to log: any of ``"mean"``, ``"min"`` and ``"max"``.
-        per_parameter: Whether to log each parameter's statistics beside those over all.
+        statistics: Which statistics, by the names above; by default all but quantiles and ``std_log10``, which take
+            longer.
+        per_parameter: Whether each parameter's statistics are logged beside those over all: ``True`` for all of them,
+            or patterns of their names as of file names, ``"encoder.*"`` or a list of such.
+        per_group: Whether those of each parameter group are.
+        histogram: Whether loggers that have histograms (TensorBoard, W&B) get those of log10 of the step sizes,
+            ``step_size/log10`` and ``step_size/<parameter name>/log10``.
+        prog_bar: Statistics that the progress bar shows, over all parameters.
+        silence: Advice not to give: any of ``"no_logger"``, ``"lr_scheduler"`` (it has no effect on Rprop),
+            ``"gradient_clipping"`` (nor has that), ``"sign_changes"`` (the gradient is noisy), ``"lower_bound"`` and
+            ``"upper_bound"`` (nearly all step sizes are there), ``"zero_gradients"`` (float16 underflows). Each is a
+            warning, given once in a run.
 
     Raises:
         ValueError: If an argument is not one of its choices.
-        MisconfigurationException: At the start of ``fit``, if no optimizer is an Rprop.
+        MisconfigurationException: At the start of ``fit``, if no optimizer is an Rprop or a pattern fits no parameter.
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[StepSizeMonitor(logging_interval="epoch")], logger=False)
+        >>> monitor = StepSizeMonitor(statistics=["median", "q10", "q90"], per_parameter="net.*")
+        >>> trainer = Trainer(callbacks=[monitor], logger=False)
     """
 
     def __init__(
         self,
         logging_interval: Literal["step", "epoch"] | None = None,
         every_n_steps: int | None = None,
-        statistics: Sequence[str] = STATISTICS,
-        per_parameter: bool = True,
+        statistics: Sequence[str] = DEFAULT,
+        per_parameter: bool | str | Sequence[str] = False,
+        per_group: bool = False,
+        histogram: bool = False,
+        prog_bar: Sequence[str] = (),
+        silence: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if logging_interval not in (None, "step", "epoch"):
@@ -61,93 +109,240 @@ class StepSizeMonitor(Callback):
             raise ValueError(f"every_n_steps must be a number of steps >= 1, or None, got {every_n_steps!r}")
         if every_n_steps is not None and logging_interval == "epoch":
             raise ValueError(f"every_n_steps={every_n_steps} needs logging_interval='step', got 'epoch'")
-        if isinstance(statistics, str) or not statistics or not set(statistics) <= set(STATISTICS):
-            raise ValueError(f"statistics must be a list of some of {', '.join(STATISTICS)}, got {statistics!r}")
+        if not _is_list(statistics) or not statistics or not all(map(_is_statistic, statistics)):
+            raise ValueError(
+                f"statistics must be a list of some of {', '.join(STATISTICS)}, or quantiles such as 'q10', got "
+                f"{statistics!r}"
+            )
+        if not isinstance(per_parameter, bool | str) and not _is_list(per_parameter):
+            raise ValueError(
+                f"per_parameter must be True, False, or patterns of parameters' names, got {per_parameter!r}"
+            )
+        if not _is_list(prog_bar) or not set(prog_bar) <= set(statistics):
+            raise ValueError(f"prog_bar must be a list of some of statistics={[*statistics]}, got {prog_bar!r}")
+        if not _is_list(silence) or not set(silence) <= set(TOPICS):
+            raise ValueError(f"silence must be a list of some of {', '.join(TOPICS)}, got {silence!r}")
         self.logging_interval = logging_interval
         self.every_n_steps = every_n_steps
         self.statistics = tuple(statistics)
         self.per_parameter = per_parameter
-        self._steps_seen = 0
-        self._measured: tuple[int, dict[str, float]] | None = None  # at which step, what
+        self.per_group = per_group
+        self.histogram = histogram
+        self.prog_bar = tuple(prog_bar)
+        self.silence = tuple(silence)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._advice = Advice(self.silence)
+        self._history, self._validations = History(), History()
+        self._names: dict[int, str] = {}
+        self._groups: list[tuple[int, int]] = []  # of which parameters are listed
+        self._is_shared = False  # whether processes share them
+        self._listed: list[Row] = []
+        self._plan = Plan(self.statistics, self.per_group, frozenset(), self.histogram)
+        self._is_watched = self._is_epoch_measured = False
+        self._is_logged = self._is_measured = False  # the step of this batch
+        self._looks: dict[int, Look] = {}  # of the optimizers that step in this batch
+        self._record: Record | None = None
+        self._metrics: dict[str, float] = {}
+        self._restored: dict[str, Any] | None = None
+        self._interval = 0  # steps from a record to the next, 0 for none
+        self._steps_before = self._step_measured = self._step_logged = 0  # by Lightning's global_step
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget an earlier run."""
+        self._restored = None
+        if stage == "fit" and trainer.global_step == 0:
+            self._begin()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to monitor what is not there."""
-        if not any(map(_is_rprop, trainer.optimizers)):
+        if not any(find_rprop(optimizer) for optimizer in trainer.optimizers):
             found = ", ".join(f"{type(o).__module__}.{type(o).__qualname__}" for o in trainer.optimizers) or "none"
             raise MisconfigurationException(
                 f"StepSizeMonitor needs an Rprop optimizer, but configure_optimizers returned: {found}. "
                 "Return lightning_rprop.Rprop(...) or torch.optim.Rprop(...), or remove the callback."
             )
+        self._groups = []
+        self._names = {id(param): name for name, param in pl_module.named_parameters()}
+        self._plan = self._plan._replace(parameters=self._chosen([row.name for row in self._rows(trainer)[0]]))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start from the step that a checkpoint may have restored."""
-        self._steps_seen = trainer.global_step
-        self._measured = None
+        """Start from where a checkpoint may have led, and see who wants to know."""
+        if self._restored is not None:
+            self._advice.load_state_dict(self._restored["advice"])
+            self._history.load_state_dict(self._restored["history"])
+            self._validations.load_state_dict(self._restored["validations"])
+            self._restored = None
+        if self.logging_interval != "epoch":
+            self._interval = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._step_measured = self._step_logged = trainer.global_step
+        self._record = None
+        monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        monitors += [config.monitor for config in trainer.lr_scheduler_configs]
+        self._is_watched = any(isinstance(key, str) and key.startswith("step_size/") for key in monitors)
+        self._begin_epoch(trainer)  # Lightning does not call the hook where a run goes on in the middle of an epoch
+        self._advice.at_start(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Decide whether the last step of this epoch is measured."""
+        self._begin_epoch(trainer)
+
+    def _begin_epoch(self, trainer: pl.Trainer) -> None:
+        self._is_epoch_measured = self.logging_interval == "epoch" or trainer.current_epoch + 1 == trainer.max_epochs
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Decide whether the step of this batch is measured, and whether it is logged."""
+        self._is_logged = self._interval > 0 and (logged_step(trainer) + 1) % self._interval == 0
+        self._is_measured = self._is_logged or self._is_watched or self._ends(trainer)
+        if self._is_measured:
+            self._steps_before = trainer.global_step
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at the gradient, if the step is measured."""
+        if self._is_measured and (rprop := find_rprop(optimizer)) is not None:
+            rows, shared = self._rows(trainer)
+            seen = look(row for row in rows if row.optimizer is rprop and (row.counts or not shared))
+            if seen is not None:
+                self._looks[id(rprop)] = seen
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log where it is due; at the end of an epoch have the values ready for those who ask then."""
-        interval = self.every_n_steps
-        if interval is None:
-            interval = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
-        stepped = trainer.global_step > self._steps_seen  # not so while gradients accumulate
-        self._steps_seen = trainer.global_step
-        step = logged_step(trainer)
-        if stepped and self.logging_interval != "epoch" and interval > 0 and (step + 1) % interval == 0:
-            self._log(trainer, pl_module, step)
-        elif trainer.is_last_batch or trainer.global_step == trainer.max_steps:
-            self._measure(trainer, pl_module)
+        """Measure the step, and log it, if it was made: not so while gradients accumulate."""
+        if self._is_measured and trainer.global_step > self._steps_before:
+            self._measure(trainer, outputs.get("loss") if isinstance(outputs, Mapping) else None)
+            if self._is_logged:
+                self._log(trainer, logged_step(trainer))
+            self._looks = {}
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Have the values ready for callbacks that act after a validation."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the losses of a validation for the picture."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._measure(trainer, pl_module)
+            metrics = trainer.callback_metrics
+            losses = {name: float(value) for name, value in metrics.items() if re.match("val.*loss", name)}
+            if losses:
+                self._validations.add(logged_step(trainer), losses)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log once an epoch if so asked."""
         if self.logging_interval == "epoch":
-            self._log(trainer, pl_module, logged_step(trainer) - 1)  # the count is one on, once the batches are done
+            self._measure(trainer)
+            self._log(trainer, logged_step(trainer) - 1)  # the count is one on, once the batches are done
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        metrics = self._measure(trainer, pl_module)
-        if metrics:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the values of the last step, also where the run was stopped."""
+        self._measure(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what was said and what ``plot`` draws, for a checkpoint."""
+        return {
+            "advice": self._advice.state_dict(),
+            "history": self._history.state_dict(),
+            "validations": self._validations.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it from a checkpoint, once a fit goes on from it: to test one must not overwrite what was seen since."""
+        self._restored = state_dict
+
+    def plot(self, title: str = "") -> tuple[Figure, np.ndarray[Any, Any]]:
+        """Draw the records: loss above, below it the step sizes over the steps, of each parameter if they were logged.
+
+        The whole run is drawn, from at most 800 records that are kept. ``python -m lightning_rprop.monitor FOLDER``
+        draws what a logger wrote.
+
+        Args:
+            title: Stands above it.
+
+        Returns:
+            The figure, and its axes from top to bottom.
+
+        Raises:
+            ValueError: If there is no record yet.
+            ModuleNotFoundError: Without Matplotlib.
+        """
+        from lightning_rprop.monitor.plot import plot_series
+
+        return plot_series(self._history.series() | self._validations.series(), title)
+
+    def _ends(self, trainer: pl.Trainer) -> bool:
+        """Tell whether this batch ends an epoch that is to be logged, or the run."""
+        if self._is_epoch_measured and trainer.is_last_batch:
+            return True
+        return trainer.max_steps >= 0 and trainer.global_step + len(trainer.optimizers) >= trainer.max_steps
+
+    def _rows(self, trainer: pl.Trainer) -> tuple[list[Row], bool]:
+        """List the parameters, anew where groups were loaded, added or grew; tell whether processes share them."""
+        groups = [(id(group), len(group["params"])) for o in trainer.optimizers for group in o.param_groups]
+        if groups != self._groups:
+            self._groups = groups
+            self._listed = list_rows(trainer.optimizers, self._names, trainer.global_rank)
+            self._is_shared = trainer.world_size > 1 and are_shared_out(trainer.optimizers)
+        return self._listed, self._is_shared
+
+    def _chosen(self, names: Sequence[str]) -> frozenset[str]:
+        """Give those of the parameters that are shown one by one."""
+        patterns = self.per_parameter
+        if isinstance(patterns, bool):
+            return frozenset(names) if patterns else frozenset()
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise MisconfigurationException(
+                    f"per_parameter: {pattern!r} fits none of the parameters that Rprop optimizes: {', '.join(names)}"
+                )
+        return frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+    def _measure(self, trainer: pl.Trainer, loss: Any = None) -> None:
+        """Measure the last step, once, and publish the values over all parameters and of groups."""
+        if self._step_measured == trainer.global_step:
+            return
+        self._step_measured = trainer.global_step
+        rows, shared = self._rows(trainer)
+        gather = trainer.strategy.all_gather if shared else None
+        self._record = measure(rows, self._looks.values(), self._plan, loss, gather)
+        if self._record is None:
+            return
+        self._metrics = {
+            _key(scope, name): value
+            for scope, found in self._record.statistics.items()
+            for name, value in found.items()
+        }
+        published = sum(len(found) for scope, found in self._record.statistics.items() if scope[0] != "parameter")
+        values = dict(islice(self._metrics.items(), published))  # parameters come last
+        tensors = torch.tensor([*values.values()], device=trainer.strategy.root_device).unbind()
+        trainer.callback_metrics.update(zip(values, tensors, strict=True))
+        shown = {_key(TOTAL, name) for name in self.prog_bar}
+        if shown:
+            trainer.progress_bar_metrics.update({key: value for key, value in values.items() if key in shown})
+
+    def _log(self, trainer: pl.Trainer, step: int) -> None:
+        """Bring the record to the loggers, in one call each, to the picture and to the advice."""
+        if self._record is None or self._step_logged == trainer.global_step:
+            return
+        self._step_logged = trainer.global_step
+        record, metrics = self._record, self._metrics
+        histograms = {_key(scope, "log10"): found for scope, found in record.histograms.items()}
+        if trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=step)
-
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        """Compute the metrics of the current step once, and publish them in ``callback_metrics``."""
-        if self._measured is not None and self._measured[0] == trainer.global_step:
-            return self._measured[1]
-        overall, each = summarize(_step_sizes(trainer, pl_module))
-        metrics = self._keyed("step_size", overall)
-        if self.per_parameter:
-            for name, values in each.items():
-                metrics |= self._keyed(f"step_size/{name}", values)
-        tensors = torch.tensor(list(metrics.values()), device=trainer.strategy.root_device).unbind()
-        trainer.callback_metrics.update(zip(metrics, tensors, strict=True))
-        self._measured = (trainer.global_step, metrics)
-        return metrics
-
-    def _keyed(self, prefix: str, values: Mapping[str, float]) -> dict[str, float]:
-        return {f"{prefix}/{statistic}": values[statistic] for statistic in self.statistics if statistic in values}
+                send(logger, metrics, histograms, step)
+        self._history.add(step, metrics if record.loss is None else {"loss": record.loss, **metrics})
+        self._advice.of_record(record, step, half=str(trainer.precision).startswith("16"))
 
 
-def _is_rprop(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell an Rprop, ours or torch's, by the two options that no other optimizer has."""
-    return {"etas", "step_sizes"} <= optimizer.defaults.keys()
+def _key(scope: Scope, name: str) -> str:
+    """Give the name that a value is logged under."""
+    return "/".join(part for part in ("step_size", scope[1], name) if part)
 
 
-def _step_sizes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-    """Find the step sizes of every parameter of an Rprop that had a gradient so far, by the parameter's name."""
-    names = {id(p): name for name, p in pl_module.named_parameters()}
-    found: dict[str, Tensor] = {}
-    for i, optimizer in enumerate(filter(_is_rprop, trainer.optimizers)):
-        for j, group in enumerate(optimizer.param_groups):
-            for k, param in enumerate(group["params"]):
-                if (state := optimizer.state.get(param)) and "step_size" in state:
-                    name = names.get(id(param), f"optimizer{i}.group{j}.{k}")
-                    for wrapper in _WRAPPERS:
-                        name = name.replace(wrapper, "")
-                    found[name] = state["step_size"]
-    return found
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
+
+
+def _is_statistic(name: str) -> bool:
+    return name in STATISTICS or quantile_of(name) is not None

@@ -1,0 +1,45 @@
+"""Draw a run: ``python -m lightning_rprop.monitor RUN_FOLDER -o picture.png``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from lightning_rprop.monitor.plot import plot_run, save
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the picture, and print where it is.
+
+    Args:
+        argv: The command's arguments; those of the process if None.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_rprop.monitor",
+        description="Draw the loss and the step sizes of a run that was trained with StepSizeMonitor.",
+    )
+    parser.add_argument(
+        "run_folder",
+        metavar="RUN_FOLDER",
+        help="where CSVLogger or TensorBoardLogger wrote, such as lightning_logs/version_0",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="PICTURE",
+        default="step_sizes.png",
+        help="what to write; the suffix tells the format, such as .png, .pdf or .svg (default: %(default)s)",
+    )
+    arguments = parser.parse_args(argv)
+    os.environ["MPLBACKEND"] = "agg"  # no window is opened; what a notebook set may not exist here
+    try:
+        fig, _ = plot_run(arguments.run_folder)
+        save(fig, arguments.output)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

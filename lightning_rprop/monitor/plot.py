@@ -1,0 +1,320 @@
+"""Pictures of a run: its loss, and below it what the step sizes did. Knows matplotlib, knows nothing of torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_rprop.monitor.run_folder import PREFIX, Series, read_series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    Floats = npt.NDArray[np.float64]
+
+# Distinct for the colour-blind too: Paul Tol's "muted" scheme (SRON/EPS/TN/09-002), and black.
+_COLORS = ["#332288", "#cc6677", "#44aa99", "#ddcc77", "#882255", "#88ccee", "#117733", "#aa4499", "#999933", "#000000"]
+_LOSS_COLORS = [_COLORS[-1], *_COLORS[1:-1]]
+_MOST_LINES = len(_COLORS)  # more parameters than that are a heat map
+_MOST_LOSSES = 8
+_LINES = ("median", "q50", "mean", "max", "min")  # what stands for a parameter: the first of these that is logged
+_QUANTILE = re.compile(r"q(\d+(\.\d+)?)")
+_ROW = 0.13  # inches for a parameter's row of the heat map, and what its name in this font needs
+_ROW_FONT = 7
+_TALLEST = 60.0  # inches of heat map; more parameters than fit get lower rows, and not every one its name
+
+
+def plot_run(folder: str | Path) -> tuple[Figure, npt.NDArray[np.object_]]:
+    """Draw the run that logged to a folder; see :func:`plot_series` and ``read_series`` for what is drawn and raised.
+
+    Args:
+        folder: A folder of Lightning's ``CSVLogger`` or ``TensorBoardLogger``, or one above it.
+
+    Returns:
+        The figure and its axes from top to bottom.
+    """
+    return plot_series(read_series(folder), title="/".join(Path(folder).resolve().parts[-2:]))
+
+
+def plot_series(series: Series, title: str = "") -> tuple[Figure, npt.NDArray[np.object_]]:
+    """Draw the loss above and the step sizes below, over the optimizer steps.
+
+    A parameter is a line, its median, or else its mean, maximum or minimum, within a band from its lowest to its
+    highest quantile, or else from minimum to maximum, whatever of it is logged. More than 10 parameters are the rows
+    of a heat map of what would be the line, below the line and band of all of them. Without any of single parameters
+    there is the line and band of all. The loss is every key with "loss" in its last part, the 8 shortest if there
+    are more.
+
+    Args:
+        series: ``{key: (steps, values)}`` as logged by ``StepSizeMonitor`` and Lightning. What is not finite leaves a
+            gap.
+        title: Stands above the figure.
+
+    Returns:
+        The figure, made by pyplot, and its axes from top to bottom.
+
+    Raises:
+        ValueError: If there is no step size to draw.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    series = {key: logged for key, logged in series.items() if logged[0]}
+    names = _names(series)
+    each = [name for name in names if name]
+    panels: list[tuple[float, Callable[[Axes], None]]] = []  # height in inches, and what draws it
+    if losses := _losses(series):
+        panels.append((2.2, partial(_draw_losses, series, losses)))
+    if len(each) <= _MOST_LINES:
+        panels.append((4.2, partial(_draw_lines, series, each or [""])))
+    else:
+        if "" in names:
+            panels.append((2.8, partial(_draw_lines, series, [""])))
+        height = min(max(_ROW * len(each), 3.0), _TALLEST)
+        panels.append((height, partial(_draw_heat_map, series, each, height)))
+
+    heights = [height for height, _ in panels]
+    fig, grid = _pyplot().subplots(
+        len(panels),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+        figsize=(10, sum(heights) + 0.8),
+        height_ratios=heights,
+    )
+    axes: npt.NDArray[np.object_] = grid[:, 0]
+    for ax, (_, draw) in zip(axes, panels, strict=True):
+        ax.margins(x=0.01)
+        draw(ax)
+    axes[-1].set_xlabel("optimizer step")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    if title:
+        fig.suptitle(title, parse_math=False)
+    return fig, axes
+
+
+def save(fig: Figure, path: str | Path) -> None:
+    """Write a picture, whole or not at all, and let pyplot forget the figure.
+
+    Args:
+        fig: The figure.
+        path: Where to; the suffix tells the format, and folders that are missing are made.
+
+    Raises:
+        ValueError: If matplotlib knows no format of that suffix; nothing is written.
+    """
+    path = Path(path)
+    form = path.suffix[1:].lower()
+    known = fig.canvas.get_supported_filetypes()
+    if form not in known:
+        raise ValueError(f"the suffix of {str(path)!r} must tell the format of the picture: {', '.join(sorted(known))}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        fig.savefig(part, format=form, dpi=150)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+        _pyplot().close(fig)
+
+
+def _pyplot() -> ModuleType:
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'lightning-rprop[plot]'") from error
+    return plt
+
+
+def _names(series: Series) -> list[str]:
+    """The parameters that have something to draw, in the order they were logged in; ``""`` stands for all of them."""
+    keys = [key.removeprefix(PREFIX) for key in series if key.startswith(PREFIX)]
+    if not keys:
+        raise ValueError(
+            f"there is no step size to draw (no key '{PREFIX}...'); "
+            "train with Trainer(callbacks=[StepSizeMonitor()]), and long enough for it to log"
+        )
+    parts = [key.rpartition("/") for key in keys]
+    names = dict.fromkeys(name for name, _, statistic in parts if statistic in _LINES or _QUANTILE.fullmatch(statistic))
+    if not names:
+        logged = ", ".join(dict.fromkeys(statistic for _, _, statistic in parts))
+        raise ValueError(
+            f"there is no step size to draw, only {logged}; let StepSizeMonitor log 'median' or 'mean' too"
+        )
+    return list(names)
+
+
+def _losses(series: Series) -> list[str]:
+    keys = [k for k in series if "loss" in k.rpartition("/")[2].lower()]
+    keys = [k for k in keys if not (k.endswith("_epoch") and k.removesuffix("_epoch") + "_step" in series)]
+    return [k for k in keys if np.isfinite(series[k][1]).any()]
+
+
+def _statistics(series: Series, names: Sequence[str]) -> tuple[str, tuple[str, str] | None]:
+    """Choose what the line is and what the band reaches from and to, the same for all these parameters."""
+    owners = {_key(name) for name in names}
+    logged = Counter(key.rpartition("/")[2] for key in series if key.rpartition("/")[0] in owners)
+    quantiles = sorted(filter(_QUANTILE.fullmatch, logged), key=lambda q: float(q[1:]))
+    choices = [*_LINES, *sorted(quantiles, key=lambda q: abs(float(q[1:]) - 50))]
+    line = max(choices, key=lambda statistic: logged[statistic])  # the first of those that most parameters have
+    if len(quantiles) > 1:
+        return line, (quantiles[0], quantiles[-1])
+    return line, ("min", "max") if {"min", "max"} <= logged.keys() else None
+
+
+def _key(name: str, statistic: str = "") -> str:
+    return "/".join(filter(None, (PREFIX.rstrip("/"), name, statistic)))
+
+
+def _aligned(series: Series, keys: Sequence[str]) -> tuple[Floats, Floats]:
+    """Put values over the same steps: the steps, and a row of values for each key, NaN where there is none."""
+    logged = [series.get(key, ([], [])) for key in keys]
+    steps = np.unique(np.concatenate([np.asarray(at, dtype=float) for at, _ in logged]))
+    rows = np.full((len(keys), len(steps)), np.nan)
+    for row, (at, values) in zip(rows, logged, strict=True):
+        row[np.searchsorted(steps, at)] = values
+    rows[~np.isfinite(rows)] = np.nan
+    return steps, rows
+
+
+def _bounds(series: Series) -> dict[str, float]:
+    """The bounds that a log axis can show."""
+    last = {kind: series[key][1][-1] for kind in ("lower", "upper") if (key := _key("", f"{kind}_bound")) in series}
+    return {kind: bound for kind, bound in last.items() if 0 < bound < np.inf}
+
+
+def _draw_losses(series: Series, keys: list[str], ax: Axes) -> None:
+    short = set(sorted(keys, key=len)[:_MOST_LOSSES])  # of many, the shortest names are the totals, not the parts
+    drawn = [key for key in keys if key in short]
+    lines = []
+    for key, color in zip(drawn, _LOSS_COLORS, strict=False):
+        steps, (values,) = _aligned(series, [key])
+        lines.append(_draw_curve(ax, steps, values, color))
+    ax.set(ylabel="loss", yscale="log" if ax.dataLim.ymin > 0 else "linear")
+    _legend(ax, lines, _shortened(drawn), f"{len(drawn)} of {len(keys)} losses" if len(drawn) < len(keys) else "")
+
+
+def _draw_lines(series: Series, names: list[str], ax: Axes) -> None:
+    line, band = _statistics(series, names)
+    lines = []
+    for name, color in zip(names, _COLORS, strict=False):
+        keys = [_key(name, statistic) for statistic in (line, *(band or ()))]
+        steps, rows = _aligned(series, keys)
+        lines.append(_draw_curve(ax, steps, rows[0], color))
+        if band:
+            _draw_band(ax, steps, rows[1], rows[2], color, among=len(names))
+    _draw_bounds(_bounds(series), ax, x=0.995, align="right", gap=2)
+    ax.margins(y=0.08)
+    positive = np.isfinite(ax.dataLim.minposy)  # matplotlib refuses a log axis with nothing on it
+    ax.set(ylabel="step size", yscale="log" if positive else "linear")
+    labels = _shortened(names) if names != [""] else ["all parameters"]
+    _legend(ax, lines, labels, f"line: {line}" + (f"\nband: {band[0]} to {band[1]}" if band else ""))
+
+
+def _draw_heat_map(series: Series, names: list[str], height: float, ax: Axes) -> None:
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    line, _ = _statistics(series, names)
+    steps, values = _aligned(series, [_key(name, line) for name in names])
+    seen = values[values > 0] if (values > 0).any() else np.ones(1)
+    low, high = seen.min(), seen.max()
+    widen = max(1.0, np.sqrt(10 * low / high))  # at least a decade of colours: what hardly differs shall look so
+    half = np.diff(steps) / 2 if len(steps) > 1 else np.array([0.5])
+    edges = np.concatenate([[steps[0] - half[0]], steps[:-1] + half[: len(steps) - 1], [steps[-1] + half[-1]]])
+    mesh = ax.pcolormesh(
+        edges,
+        np.arange(len(names) + 1) - 0.5,
+        values,
+        norm=LogNorm(low / widen, high * widen),
+        cmap=colormaps["viridis"].with_extremes(bad="0.85"),
+        rasterized=True,  # a vector format would hold every cell as a shape
+    )
+    every = -(-len(names) * _ROW // height) if height == _TALLEST else 1
+    rows = np.arange(0, len(names), int(every))
+    labels = _shortened(names)
+    ax.set_yticks(rows, labels=[labels[row] for row in rows], fontsize=_ROW_FONT, parse_math=False)
+    ax.tick_params(axis="x", top=True, labeltop=True)  # the ones below may be far off
+    ax.invert_yaxis()
+    tall = min(4.0, height - 0.4)
+    bar = ax.figure.colorbar(mesh, cax=ax.inset_axes((1.015, 1 - (tall + 0.2) / height, 0.025, tall / height)))
+    bar.set_label(f"step size: {line}" + ("" if (values > 0).all() else "\n(grey: none, zero or not finite)"))
+    bounds = _bounds(series)
+    bar.ax.set_ylim(min([low / widen, *bounds.values()]), max([high * widen, *bounds.values()]))
+    bar.ax.tick_params(labelsize="small")
+    _draw_bounds(bounds, bar.ax, x=0, align="left", gap=7)
+
+
+def _draw_bounds(bounds: dict[str, float], ax: Axes, x: float, align: Literal["left", "right"], gap: int) -> None:
+    for kind, bound in bounds.items():
+        ax.axhline(bound, color="black", linestyle="--", linewidth=0.8, clip_on=False)
+        ax.annotate(
+            f"{kind} bound {bound:.4g}",
+            (x, bound),
+            xycoords=ax.get_yaxis_transform(),
+            xytext=(0, gap if kind == "upper" else -gap),
+            textcoords="offset points",
+            ha=align,
+            va="bottom" if kind == "upper" else "top",
+            fontsize="small",
+        )
+
+
+def _draw_curve(ax: Axes, steps: Floats, values: Floats, color: str) -> Line2D:
+    alone = _alone(values)
+    (line,) = ax.plot(steps, values, color=color, marker="o" if len(alone) else "", markersize=5, markevery=alone)
+    return line
+
+
+def _draw_band(ax: Axes, steps: Floats, low: Floats, high: Floats, color: str, among: int) -> None:
+    # the more of them lie on one another, the paler each
+    ax.fill_between(steps, low, high, color=color, alpha=0.05 + 0.15 / among**0.5, linewidth=0)
+    alone = _alone(low + high)
+    ax.vlines(steps[alone], low[alone], high[alone], color=color, alpha=0.3, linewidth=3)
+
+
+def _alone(values: Floats) -> npt.NDArray[np.intp]:
+    """Where there is a value without a neighbour: of these a line and a band show nothing."""
+    gap = np.isnan(np.concatenate([[np.nan], values, [np.nan]]))
+    return np.flatnonzero(gap[:-2] & ~gap[1:-1] & gap[2:])
+
+
+def _legend(ax: Axes, lines: Sequence[Line2D], labels: Sequence[str], title: str) -> None:
+    legend = ax.legend(
+        lines,
+        [""] * len(lines),
+        title=title,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+        borderaxespad=0,
+        frameon=False,
+        fontsize="small",
+        title_fontsize="small",
+        alignment="left",
+    )
+    # set afterwards: matplotlib leaves out labels that start with "_", and takes "$" for mathematics
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set(text=label, parse_math=False)
+
+
+def _shortened(names: Sequence[str], most: int = 44) -> list[str]:
+    """Cut long names in the middle, less so where they would no longer differ."""
+    while most < 80:
+        head = most // 3  # the end of a name says more
+        short = [
+            name if len(name) <= most else f"{name[:head].rstrip('.')}…{name[head + 1 - most :].lstrip('.')}"
+            for name in names
+        ]
+        if len(set(short)) == len(names):
+            break
+        most += 10
+    return short

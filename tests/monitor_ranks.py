@@ -1,0 +1,109 @@
+"""What one rank does in test_monitor_ranks.py: it fits under several strategies and saves what it saw."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lit import Batches, Net, Recorder, trainer
+from torch.distributed._composable.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_rprop import Rprop, StepSizeMonitor
+
+STEPS = 6
+WIDTHS = (3, 7, 1)  # of which no rank has as much as another
+ALL = ("mean", "min", "max", "median", "q10", "std_log10", "at_lower_bound", "at_upper_bound", "lower_bound")
+ALL += ("upper_bound", "sign_changed", "zero_gradient", "nonfinite_gradient")
+
+
+class Wide(Net):
+    """A network in float64, whose rounding leaves no sign in doubt; how it is spread is its strategy's business."""
+
+    def __init__(self, make, spread=None):
+        super().__init__(make)
+        layers = torch.nn.Linear(WIDTHS[0], WIDTHS[1]), torch.nn.Tanh(), torch.nn.Linear(WIDTHS[1], WIDTHS[2])
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(*layers).double()
+        for layer in layers[::2]:
+            torch.nn.init.normal_(layer.weight)
+        self.spread = spread
+
+    def training_step(self, batch, batch_idx):
+        return (self.net(batch.double()) - batch.double().sum(dim=1, keepdim=True)).square().mean()
+
+    def configure_model(self):
+        if self.spread is not None:
+            self.spread(self.net, self.device_mesh)
+
+
+def fully(net, mesh):
+    fully_shard(net[0], mesh=mesh["data_parallel"])
+    fully_shard(net, mesh=mesh["data_parallel"])
+
+
+def columns(net, mesh):
+    """Share out the first layer by its outputs; the second one is on every rank, as plain tensors."""
+    parallelize_module(net[0], mesh["tensor_parallel"], ColwiseParallel(output_layouts=Replicate()))
+
+
+def columns_and_rows(net, mesh):
+    """Share out the second layer too, by its inputs; its bias is on every rank, as a DTensor."""
+    plan = {"0": ColwiseParallel(use_local_output=False), "2": RowwiseParallel()}
+    parallelize_module(net, mesh["tensor_parallel"], plan)
+
+
+@contextmanager
+def counted(calls):
+    """Count the gatherings."""
+    original = dist.all_gather
+
+    def gather(*args, **kwargs):
+        calls.append(args[1].numel())
+        return original(*args, **kwargs)
+
+    with mock.patch.object(dist, "all_gather", gather):
+        yield
+
+
+def plain(params):
+    return Rprop(params, lr=0.1, step_sizes=(1e-3, 0.15), foreach=False, fused=False)
+
+
+def zero(params):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # here, as it warns where it is imported
+
+    return ZeroRedundancyOptimizer(
+        params, optimizer_class=Rprop, lr=0.1, etas=(0.5, 1.2), step_sizes=(1e-3, 0.15), foreach=False, fused=False
+    )
+
+
+def fit(strategy, make=plain, spread=None, **options):
+    log, calls = Recorder(), []
+    monitor = StepSizeMonitor(statistics=ALL, per_parameter=True, every_n_steps=2, histogram=True, **options)
+    devices = int(os.environ["WORLD_SIZE"])
+    fitter = trainer(".", [monitor], logger=log, devices=devices, strategy=strategy, max_steps=STEPS, max_epochs=-1)
+    module = Wide(lambda m: make(m.parameters()), spread)
+    with counted(calls):
+        fitter.fit(module, Batches(STEPS))
+    metrics = {k: v.item() for k, v in fitter.callback_metrics.items() if k.startswith("step_size")}
+    return {"records": log.records(), "metrics": metrics, "gathered": calls, "plot": monitor._history.series()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    world = int(os.environ["WORLD_SIZE"])
+    seen = {"ddp": fit(DDPStrategy())}
+    if world > 1:
+        seen["zero"] = fit(DDPStrategy(), zero)
+        seen["fsdp2"] = fit(ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), spread=fully)
+        for way, spread in (("columns", columns), ("columns and rows", columns_and_rows)):
+            strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=world)
+            seen[way] = fit(strategy, spread=spread)
+    torch.save(seen, f"{sys.argv[1]}/{world}-{os.environ['RANK']}.pt")
