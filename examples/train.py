@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.utils import instantiate
@@ -35,8 +37,7 @@ def main(cfg: DictConfig) -> float:
         task=data.task,
         optimizer=instantiate(cfg.optimizer),
     )
-    report = Report(data)
-    callbacks = [report, *(instantiate(c) for c in (cfg.get("callbacks") or {}).values())]
+    callbacks = [Report(data), *(instantiate(c) for c in (cfg.get("callbacks") or {}).values())]
     loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
 
@@ -46,7 +47,7 @@ def main(cfg: DictConfig) -> float:
     test = trainer.test(model, datamodule=data, ckpt_path=checkpoint or None, verbose=False)[0]
 
     if trainer.is_global_zero:
-        picture = Path(cfg.output_dir) / "step_sizes.png"
+        picture = draw(callbacks, Path(cfg.output_dir) / "step_sizes.png", f"{data.name}: full-batch Rprop")
         rows = {
             "data set": data.name,
             "optimizer": cfg.optimizer._target_,
@@ -55,10 +56,23 @@ def main(cfg: DictConfig) -> float:
             "test loss": f"{test['test/loss']:.4f}",
             "logs": ", ".join(logger.log_dir for logger in loggers) or "none",
             "checkpoint": checkpoint or "none",
-            "picture": picture if report.picture(picture) else "none (no step_size_monitor)",
+            "picture": picture or "none (no step sizes)",
         }
         print("\n".join(f"{name:<16} {value}" for name, value in rows.items()))
     return held_out
+
+
+def draw(callbacks: list[Any], picture: Path, title: str) -> Path | None:
+    """Draw the step sizes, if some were recorded, and return where."""
+    from lightning_rprop import StepSizeMonitor
+    from lightning_rprop.monitor.plot import save
+
+    for monitor in callbacks:
+        if isinstance(monitor, StepSizeMonitor):
+            with suppress(ValueError):  # no record yet
+                save(monitor.plot(title)[0], picture)
+                return picture
+    return None
 
 
 if __name__ == "__main__":
