@@ -1,4 +1,4 @@
-"""What all tests share: a place of their own for compiled kernels, and Ctrl-C as a terminal has it."""
+"""What all tests share: a place of their own for compiled kernels, Ctrl-C as a terminal has it, and their order."""
 
 import signal
 
@@ -23,14 +23,6 @@ def kernel_cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def interpreted(request, interrupts):
-    """The run of the fused tests under Triton's interpreter, beside the others, if its test is among them."""
-    if not any(item.name == "test_under_the_interpreter" for item in request.session.items):
-        yield None
-        return
-    from test_triton import start
-
-    with start() as process:
-        yield process
-        process.kill()
+def pytest_collection_modifyitems(items):
+    """Begin with the longest: at the end, one process would be left alone with it."""
+    items.sort(key=lambda item: item.name != "test_under_the_interpreter")

@@ -118,10 +118,10 @@ def test_step_benchmark_counts_the_right_bytes(monkeypatch):
 def test_pinn_learns_the_solution_and_leaves_its_picture(tmp_path):
     program = str(ROOT / "examples" / "pinn.py")
     output = run(
-        tmp_path, program, "--seconds", "0.5", "--points", "12", "--micro-batch-size", "72", "--output", "p.png"
+        tmp_path, program, "--seconds", "1.5", "--points", "12", "--micro-batch-size", "72", "--output", "p.png"
     )
     errors = dict(re.findall(r"^(Rprop|LBFGS|Adam, lr 1e-[23])\D.* ([\d.e+-]+)$", output, flags=re.MULTILINE))
     assert set(errors) == {"Rprop", "LBFGS", "Adam, lr 1e-2", "Adam, lr 1e-3"}
-    assert float(errors["Rprop"]) < 0.5  # of the solution's norm; after some milliseconds already
+    assert float(errors["Rprop"]) < 0.5  # of the solution's norm; after some milliseconds already, where it has a core
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "--seconds must be > 0" in run(tmp_path, program, "--seconds", "0", fails=True)

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
 SNIPPETS = {re.match(r"# (\w+\.py)\n", text)[1]: text for language, text in BLOCKS if language == "python"}
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+LEARNT = 1e-2  # of 0.5 for the zero function: 1e-4 is usual, but one start in some dozens ends above 1e-3
 SET_UP = "pip install -c constraints.txt -e '.[{}]' && {}"
 
 
@@ -37,16 +38,16 @@ def test_every_block_is_known():
     assert set(SNIPPETS) == {"plain.py", "fit.py", "large.py", "watch.py", "app.py", "cli.py"}
     # these two install first: .ci/run runs the lines whole, test_app.py what the first of them starts
     assert SET_UP.format("examples", "python examples/train.py") in COMMANDS
-    assert SET_UP.format("test", "pytest") in COMMANDS
+    assert SET_UP.format("test", "pytest -n 2") in COMMANDS
 
 
 def test_plain_snippet_trains(folder):
-    assert float(run("python plain.py", folder).split()[-1]) < 1e-3
+    assert float(run("python plain.py", folder).split()[-1]) < LEARNT
 
 
 def test_lightning_snippet_trains_and_logs(folder):
     loss, step_size = re.findall(r"tensor\(([\d.e-]+)", run("python fit.py", folder).strip().splitlines()[-1])
-    assert float(loss) < 1e-3
+    assert float(loss) < LEARNT
     assert float(step_size) > 0
     assert (
         list(folder.glob("lightning_logs/version_0/events*"))
@@ -56,7 +57,7 @@ def test_lightning_snippet_trains_and_logs(folder):
 
 def test_large_snippet_trains(folder):
     (loss,) = re.findall(r"tensor\(([\d.e-]+)", run("python large.py", folder).strip().splitlines()[-1])
-    assert float(loss) < 1e-3
+    assert float(loss) < LEARNT
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("pip install")])

@@ -11,27 +11,23 @@ import torch
 
 TESTS = Path(__file__).parent
 
-# The tests of the fused path, with Triton's kernel in it; those left out repeat others on longer trajectories.
-SELECTION = "fused and not function and not maximizing and not complex128 and not complex32"
+# The tests of the fused path, with Triton's kernel in it; those left out repeat others on longer trajectories, or
+# show what the tests themselves can tell apart.
+SELECTION = "fused and not (function or maximizing or complex128 or complex32 or tell or (pieces and maximize))"
 FILES = ("test_parity.py", "test_family.py", "test_step.py", "test_fused.py")
 
 
-def start():
-    """Start the run under the interpreter: ``conftest.py`` does with the session, as it takes minutes of one core."""
-    return subprocess.Popen(
+def test_under_the_interpreter():
+    done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTION, *FILES],
         cwd=TESTS,
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
+        timeout=600,
     )
-
-
-def test_under_the_interpreter(interpreted):
-    output = interpreted.communicate(timeout=600)[0]
-    assert interpreted.returncode == 0, output[-5000:]
-    assert int(re.search(r"(\d+) passed", output)[1]) > 500
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
 
 
 LAUNCHES = """
