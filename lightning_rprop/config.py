@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Optional, Tuple  # noqa: UP035 (OmegaConf 2.3 reads these forms on every Python that we support)
 
+from lightning_rprop.monitor.names import DEFAULT
+
 # An Enum, as OmegaConf 2.3 knows no Literal: a wrong name is then refused at composition, with the list of choices.
 Variant = Enum(
     "Variant", {"irprop-": "irprop-", "irprop+": "irprop+", "rprop-": "rprop-", "rprop+": "rprop+"}, type=str
@@ -48,18 +50,7 @@ class StepSizeMonitorConf:
     _convert_: str = "all"
     logging_interval: Optional[str] = None  # noqa: UP045
     every_n_steps: Optional[int] = None  # noqa: UP045
-    statistics: Tuple[str, ...] = (  # noqa: UP006
-        "mean",
-        "min",
-        "max",
-        "lower_bound",
-        "upper_bound",
-        "at_lower_bound",
-        "at_upper_bound",
-        "sign_changed",
-        "zero_gradient",
-        "nonfinite_gradient",
-    )
+    statistics: Tuple[str, ...] = DEFAULT  # noqa: UP006
     per_parameter: Any = False
     per_group: bool = False
     histogram: bool = False

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rprop import Rprop
 from lightning_rprop.monitor import statistics, statistics_cpu
+from lightning_rprop.monitor.names import STATISTICS, quantile_of
 from lightning_rprop.monitor.optimizers import find_rprop, list_rows
 from lightning_rprop.monitor.record import Plan, look, measure
 from lightning_rprop.monitor.statistics import Gradients
@@ -181,12 +182,12 @@ def test_sketches_of_many_are_within_what_is_promised():
 
 @pytest.mark.parametrize("name", ["median", "q50", "q0", "q100", "q2.5"])
 def test_names_of_quantiles(name):
-    assert statistics.quantile_of(name) == {"q0": 0.0, "q100": 1.0, "q2.5": 0.025}.get(name, 0.5)
+    assert quantile_of(name) == {"q0": 0.0, "q100": 1.0, "q2.5": 0.025}.get(name, 0.5)
 
 
 @pytest.mark.parametrize("name", ["q", "q101", "q-1", "q1e1", "q5 ", "Q5", "mean", "q.5"])
 def test_names_of_none(name):
-    assert statistics.quantile_of(name) is None
+    assert quantile_of(name) is None
 
 
 def test_histogram_counts_all():
@@ -248,7 +249,7 @@ def test_a_record_comes_to_the_host_in_one_piece(gathers, monkeypatch):
     """All statistics of all parameters, on torch's path, which accelerators take."""
     monkeypatch.setattr(statistics_cpu, "_serves", lambda *_: False)
     _, rows = net(weight_decay=0.1)
-    names = (*statistics.STATISTICS, "q10", "q90")
+    names = (*STATISTICS, "q10", "q90")
     plan = Plan(names, True, frozenset(row.name for row in rows), True)
     brought = []
     original = torch.Tensor.cpu

@@ -17,9 +17,9 @@ from lightning_rprop.lightning_private import logged_step
 from lightning_rprop.monitor.advice import TOPICS, Advice
 from lightning_rprop.monitor.history import History
 from lightning_rprop.monitor.loggers import send
+from lightning_rprop.monitor.names import DEFAULT, PREFIX, STATISTICS, key_of, quantile_of
 from lightning_rprop.monitor.optimizers import Row, are_shared_out, find_rprop, list_rows
-from lightning_rprop.monitor.record import TOTAL, Look, Plan, Record, Scope, look, measure
-from lightning_rprop.monitor.statistics import DEFAULT, STATISTICS, quantile_of
+from lightning_rprop.monitor.record import Look, Plan, Record, look, measure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -180,7 +180,7 @@ class StepSizeMonitor(Callback):
         self._record = None
         monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
         monitors += [config.monitor for config in trainer.lr_scheduler_configs]
-        self._is_watched = any(isinstance(key, str) and key.startswith("step_size/") for key in monitors)
+        self._is_watched = any(isinstance(key, str) and key.startswith(PREFIX) for key in monitors)
         self._begin_epoch(trainer)  # Lightning does not call the hook where a run goes on in the middle of an epoch
         self._advice.at_start(trainer)
 
@@ -309,7 +309,7 @@ class StepSizeMonitor(Callback):
         if self._record is None:
             return
         self._metrics = {
-            _key(scope, name): value
+            key_of(scope[1], name): value
             for scope, found in self._record.statistics.items()
             for name, value in found.items()
         }
@@ -317,7 +317,7 @@ class StepSizeMonitor(Callback):
         values = dict(islice(self._metrics.items(), published))  # parameters come last
         tensors = torch.tensor([*values.values()], device=trainer.strategy.root_device).unbind()
         trainer.callback_metrics.update(zip(values, tensors, strict=True))
-        shown = {_key(TOTAL, name) for name in self.prog_bar}
+        shown = {key_of("", name) for name in self.prog_bar}
         if shown:
             trainer.progress_bar_metrics.update({key: value for key, value in values.items() if key in shown})
 
@@ -327,17 +327,12 @@ class StepSizeMonitor(Callback):
             return
         self._step_logged = trainer.global_step
         record, metrics = self._record, self._metrics
-        histograms = {_key(scope, "log10"): found for scope, found in record.histograms.items()}
+        histograms = {key_of(scope[1], "log10"): found for scope, found in record.histograms.items()}
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 send(logger, metrics, histograms, step)
         self._history.add(step, metrics if record.loss is None else {"loss": record.loss, **metrics})
         self._advice.of_record(record, step, half=str(trainer.precision).startswith("16"))
-
-
-def _key(scope: Scope, name: str) -> str:
-    """Give the name that a value is logged under."""
-    return "/".join(part for part in ("step_size", scope[1], name) if part)
 
 
 def _is_list(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lightning_rprop.monitor.run_folder import PREFIX, Series, read_series
+from lightning_rprop.monitor.names import PREFIX, QUANTILE, key_of
+from lightning_rprop.monitor.run_folder import Series, read_series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,6 @@ _LOSS_COLORS = [_COLORS[-1], *_COLORS[1:-1]]
 _MOST_LINES = len(_COLORS)  # more parameters than that are a heat map
 _MOST_LOSSES = 8
 _LINES = ("median", "q50", "mean", "max", "min")  # what stands for a parameter: the first of these that is logged
-_QUANTILE = re.compile(r"q(\d+(\.\d+)?)")
 _ROW = 0.13  # inches for a parameter's row of the heat map, and what its name in this font needs
 _ROW_FONT = 7
 _TALLEST = 60.0  # inches of heat map; more parameters than fit get lower rows, and not every one its name
@@ -137,20 +136,25 @@ def _pyplot() -> ModuleType:
 
 def _names(series: Series) -> list[str]:
     """The parameters that have something to draw, in the order they were logged in; ``""`` stands for all of them."""
-    keys = [key.removeprefix(PREFIX) for key in series if key.startswith(PREFIX)]
-    if not keys:
+    parts = _parts(series)
+    if not parts:
         raise ValueError(
             f"there is no step size to draw (no key '{PREFIX}...'); "
             "train with Trainer(callbacks=[StepSizeMonitor()]), and long enough for it to log"
         )
-    parts = [key.rpartition("/") for key in keys]
-    names = dict.fromkeys(name for name, _, statistic in parts if statistic in _LINES or _QUANTILE.fullmatch(statistic))
+    names = dict.fromkeys(name for name, statistic in parts if statistic in _LINES or QUANTILE.fullmatch(statistic))
     if not names:
-        logged = ", ".join(dict.fromkeys(statistic for _, _, statistic in parts))
+        logged = ", ".join(dict.fromkeys(statistic for _, statistic in parts))
         raise ValueError(
             f"there is no step size to draw, only {logged}; let StepSizeMonitor log 'median' or 'mean' too"
         )
     return list(names)
+
+
+def _parts(series: Series) -> list[tuple[str, str]]:
+    """Parameter and statistic of each key that is of step sizes."""
+    parts = [key.removeprefix(PREFIX).rpartition("/") for key in series if key.startswith(PREFIX)]
+    return [(name, statistic) for name, _, statistic in parts]
 
 
 def _losses(series: Series) -> list[str]:
@@ -161,18 +165,14 @@ def _losses(series: Series) -> list[str]:
 
 def _statistics(series: Series, names: Sequence[str]) -> tuple[str, tuple[str, str] | None]:
     """Choose what the line is and what the band reaches from and to, the same for all these parameters."""
-    owners = {_key(name) for name in names}
-    logged = Counter(key.rpartition("/")[2] for key in series if key.rpartition("/")[0] in owners)
-    quantiles = sorted(filter(_QUANTILE.fullmatch, logged), key=lambda q: float(q[1:]))
+    owners = set(names)
+    logged = Counter(statistic for name, statistic in _parts(series) if name in owners)
+    quantiles = sorted(filter(QUANTILE.fullmatch, logged), key=lambda q: float(q[1:]))
     choices = [*_LINES, *sorted(quantiles, key=lambda q: abs(float(q[1:]) - 50))]
     line = max(choices, key=lambda statistic: logged[statistic])  # the first of those that most parameters have
     if len(quantiles) > 1:
         return line, (quantiles[0], quantiles[-1])
     return line, ("min", "max") if {"min", "max"} <= logged.keys() else None
-
-
-def _key(name: str, statistic: str = "") -> str:
-    return "/".join(filter(None, (PREFIX.rstrip("/"), name, statistic)))
 
 
 def _aligned(series: Series, keys: Sequence[str]) -> tuple[Floats, Floats]:
@@ -188,7 +188,7 @@ def _aligned(series: Series, keys: Sequence[str]) -> tuple[Floats, Floats]:
 
 def _bounds(series: Series) -> dict[str, float]:
     """The bounds that a log axis can show."""
-    last = {kind: series[key][1][-1] for kind in ("lower", "upper") if (key := _key("", f"{kind}_bound")) in series}
+    last = {kind: series[key][1][-1] for kind in ("lower", "upper") if (key := key_of("", f"{kind}_bound")) in series}
     return {kind: bound for kind, bound in last.items() if 0 < bound < np.inf}
 
 
@@ -207,7 +207,7 @@ def _draw_lines(series: Series, names: list[str], ax: Axes) -> None:
     line, band = _statistics(series, names)
     lines = []
     for name, color in zip(names, _COLORS, strict=False):
-        keys = [_key(name, statistic) for statistic in (line, *(band or ()))]
+        keys = [key_of(name, statistic) for statistic in (line, *(band or ()))]
         steps, rows = _aligned(series, keys)
         lines.append(_draw_curve(ax, steps, rows[0], color))
         if band:
@@ -225,7 +225,7 @@ def _draw_heat_map(series: Series, names: list[str], height: float, ax: Axes) ->
     from matplotlib.colors import LogNorm
 
     line, _ = _statistics(series, names)
-    steps, values = _aligned(series, [_key(name, line) for name in names])
+    steps, values = _aligned(series, [key_of(name, line) for name in names])
     seen = values[values > 0] if (values > 0).any() else np.ones(1)
     low, high = seen.min(), seen.max()
     widen = max(1.0, np.sqrt(10 * low / high))  # at least a decade of colours: what hardly differs shall look so

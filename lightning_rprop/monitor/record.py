@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rprop.monitor import statistics
+from lightning_rprop.monitor.names import quantile_of
 from lightning_rprop.monitor.optimizers import Row, gradients_of, state_of
 
 # Bins of a histogram: at the usual bounds nearly eight to a factor of ten.
@@ -31,7 +32,7 @@ class Plan(NamedTuple):
     @property
     def quantiles(self) -> dict[str, float]:
         """The quantiles among the statistics: share by name."""
-        shares = {name: statistics.quantile_of(name) for name in self.statistics}
+        shares = {name: quantile_of(name) for name in self.statistics}
         return {name: share for name, share in shares.items() if share is not None}
 
 

@@ -9,10 +9,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TypeAlias
 
+from lightning_rprop.monitor.names import PREFIX
+
 # Logged key -> its steps, rising, and its values.
 Series: TypeAlias = dict[str, tuple[list[int], list[float]]]
 
-PREFIX = "step_size/"
 _CSV = "metrics.csv"
 
 

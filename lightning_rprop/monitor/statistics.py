@@ -7,9 +7,8 @@ all of them to the host. Columns merge: those of several parameters, and those o
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,24 +18,6 @@ from torch import Tensor
 from lightning_rprop.monitor import statistics_cpu
 
 Array = np.ndarray[Any, Any]
-
-# What can be asked for, beside quantiles.
-STATISTICS = (
-    "mean",
-    "min",
-    "max",
-    "median",
-    "std_log10",
-    "lower_bound",
-    "upper_bound",
-    "at_lower_bound",
-    "at_upper_bound",
-    "sign_changed",
-    "zero_gradient",
-    "nonfinite_gradient",
-)
-# Those that one pass over memory gives.
-DEFAULT = tuple(name for name in STATISTICS if name not in ("median", "std_log10"))
 
 # The rows of a table: what is known of the step sizes, and of the gradients, of each parameter.
 _STEP_SIZES = ("count", "sum", "at_lower", "at_upper", "min", "max", "lower", "upper", "log_mean", "log_squares")
@@ -59,16 +40,6 @@ class Gradients(NamedTuple):
     params: Sequence[Tensor]
     weight_decays: Sequence[float]
     maximize: Sequence[bool]
-
-
-@cache
-def quantile_of(statistic: str) -> float | None:
-    """Give the share that a name asks the quantile of: 0.5 for ``"median"``, 0.025 for ``"q2.5"``, else ``None``."""
-    if statistic == "median":
-        return 0.5
-    match = re.fullmatch(r"q(\d+(?:\.\d+)?)", statistic)
-    share = float(match[1]) / 100 if match else 2.0
-    return share if share <= 1 else None
 
 
 def empty_table(n: int, device: torch.device) -> Tensor:
