@@ -95,6 +95,7 @@ def measure(
     bounds = [row.options["step_sizes"] for row in rows]
     edges = _edges(bounds) if plan.histogram else []
     scopes = _scopes(rows, plan)
+    shares = [*plan.quantiles.values()]
 
     table = statistics.empty_table(len(rows), device)
     if step_sizes:
@@ -109,8 +110,8 @@ def measure(
     parts: dict[tuple[str, Scope], Tensor] = {("table", TOTAL): table}
     for scope, members in scopes.items():
         inside = [step_sizes[i] for i in members if i in step_sizes]
-        if plan.quantiles:
-            parts["quantiles", scope] = _quantiles(plan, inside, [rows[i] for i in members], gather is not None)
+        if shares:
+            parts["quantiles", scope] = _quantiles(shares, inside, [rows[i] for i in members], gather is not None)
         if plan.histogram:
             parts["histogram", scope] = statistics.histogram(inside, edges[0], edges[-1], _BINS)
     if loss is not None:
@@ -130,12 +131,14 @@ def _columns(places: list[int], n: int) -> list[int] | slice:
     return slice(None) if len(places) == n else places
 
 
-def _quantiles(plan: Plan, step_sizes: Sequence[Tensor], members: Sequence[Row], are_parts: bool) -> Tensor:
+def _quantiles(
+    shares: Sequence[float], step_sizes: Sequence[Tensor], members: Sequence[Row], are_parts: bool
+) -> Tensor:
     """Find the quantiles of step sizes; where they are parts, describe them for the other processes."""
     if not are_parts:
         if not any(map(Tensor.numel, step_sizes)):
-            return torch.full((len(plan.quantiles),), torch.nan)
-        return statistics.quantiles(step_sizes, [*plan.quantiles.values()])
+            return torch.full((len(shares),), torch.nan)
+        return statistics.quantiles(step_sizes, shares)
     elements = sum(row.param.numel() * (2 if row.param.is_complex() else 1) for row in members)
     return statistics.sketch(step_sizes, min(elements, statistics.SKETCH))
 
@@ -168,6 +171,7 @@ def _read(
     """Put together what the processes have, each a first index of what was got."""
     tables = got["table", TOTAL]
     table = statistics.merge(tables.swapaxes(0, 1)) if len(tables) > 1 else tables[0]
+    shares = plan.quantiles
     found: dict[Scope, dict[str, float]] = {}
     histograms = {}
     total: dict[str, float] = {}
@@ -176,11 +180,11 @@ def _read(
         if not values:
             continue
         total = total or values
-        if plan.quantiles:
+        if shares:
             parts = got["quantiles", scope]
             if parts.ndim > 2:
-                parts = statistics.merged_quantiles(torch.from_numpy(parts), [*plan.quantiles.values()]).numpy()[None]
-            values |= zip(plan.quantiles, parts[0].tolist(), strict=True)
+                parts = statistics.merged_quantiles(torch.from_numpy(parts), [*shares.values()]).numpy()[None]
+            values |= zip(shares, parts[0].tolist(), strict=True)
         found[scope] = {name: values[name] for name in plan.statistics if name in values}
         if plan.histogram:
             histograms[scope] = Histogram(edges, got["histogram", scope].sum(axis=0).tolist())

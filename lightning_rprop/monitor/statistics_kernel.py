@@ -2,8 +2,8 @@
 
 Imported only to be compiled, as ``optim/fused_cpu_kernel.py`` is. Tensors come in pieces, which threads take one after
 another. A piece has a row of results of its own, so that sums do not depend on which thread took it; of counts by bits
-each thread has tables of its own. Numbers that are not negative are ordered as
-their bits are, read as whole numbers ("keys"), which a processor compares side by side without a thought of NaN.
+each thread has tables of its own. Numbers that are not negative are ordered as their bits are, read as whole numbers
+("keys"), which a processor compares side by side without a thought of NaN.
 """
 
 from __future__ import annotations
