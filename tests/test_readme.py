@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
 SNIPPETS = {re.match(r"# (\w+\.py)\n", text)[1]: text for language, text in BLOCKS if language == "python"}
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
-LEARNT = 1e-2  # of 0.5 for the zero function: 1e-4 is usual, but one start in some dozens ends above 1e-3
 SET_UP = "pip install -c constraints.txt -e '.[{}]' && {}"
 
 
@@ -21,6 +20,12 @@ def run(command, folder):
     done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def run_seeded(snippet, folder):
+    """Run a snippet from a start that is always the same: of some dozens one does not come so far."""
+    program = f"import runpy, torch; torch.manual_seed(0); runpy.run_path('{snippet}', run_name='__main__')"
+    return run(f'python -c "{program}"', folder)
 
 
 @pytest.fixture
@@ -42,12 +47,12 @@ def test_every_block_is_known():
 
 
 def test_plain_snippet_trains(folder):
-    assert float(run("python plain.py", folder).split()[-1]) < LEARNT
+    assert float(run_seeded("plain.py", folder).split()[-1]) < 1e-3
 
 
 def test_lightning_snippet_trains_and_logs(folder):
-    loss, step_size = re.findall(r"tensor\(([\d.e-]+)", run("python fit.py", folder).strip().splitlines()[-1])
-    assert float(loss) < LEARNT
+    loss, step_size = re.findall(r"tensor\(([\d.e-]+)", run_seeded("fit.py", folder).strip().splitlines()[-1])
+    assert float(loss) < 1e-3
     assert float(step_size) > 0
     assert (
         list(folder.glob("lightning_logs/version_0/events*"))
@@ -56,8 +61,8 @@ def test_lightning_snippet_trains_and_logs(folder):
 
 
 def test_large_snippet_trains(folder):
-    (loss,) = re.findall(r"tensor\(([\d.e-]+)", run("python large.py", folder).strip().splitlines()[-1])
-    assert float(loss) < LEARNT
+    (loss,) = re.findall(r"tensor\(([\d.e-]+)", run_seeded("large.py", folder).strip().splitlines()[-1])
+    assert float(loss) < 1e-3
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("pip install")])
