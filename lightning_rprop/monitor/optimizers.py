@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_rprop.monitor.statistics import Gradients
 from lightning_rprop.optim.dispatch import as_real
 from lightning_rprop.optim.fused import PLAIN
+from lightning_rprop.optim.sharding import aligned, is_sharded, local
 
 # What torch.compile and FSDP put into a parameter's name.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
@@ -39,7 +40,7 @@ def state_of(rows: Sequence[Row], name: str) -> list[Tensor | None]:
 def gradients_of(rows: Sequence[Row]) -> Gradients:
     """Give this process's part of the gradients, of parameters that have one, and what they are compared with."""
     return Gradients(
-        _local([row.param.grad for row in rows]),
+        _local([aligned(row.param.grad, row.param) for row in rows]),
         state_of(rows, "prev"),
         _local([row.param for row in rows]),
         [row.options.get("weight_decay", 0.0) for row in rows],
@@ -88,7 +89,7 @@ def are_shared_out(optimizers: Iterable[Any]) -> bool:
     """Tell whether processes hold different parts of the step sizes."""
     for outer in optimizers:
         inner = find_rprop(outer)
-        if inner is not None and (inner is not outer or any(map(_is_sharded, parameters(outer)))):
+        if inner is not None and (inner is not outer or any(map(is_sharded, parameters(outer)))):
             return True
     return False
 
@@ -98,13 +99,9 @@ def parameters(optimizer: Any) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def _is_sharded(param: Any) -> bool:
-    return type(param) not in PLAIN and hasattr(param, "placements")  # a DTensor, without importing what it takes
-
-
 def _counts(param: Any, rank: int) -> bool:
     """Of those that hold the same, the first counts it: on a mesh along each axis that replicates, else rank 0."""
-    if not _is_sharded(param):
+    if not is_sharded(param):
         return rank == 0
     place = param.device_mesh.get_coordinate()
     return place is not None and all(
@@ -116,4 +113,4 @@ def _local(tensors: list[Any]) -> list[Any]:
     """Give the parts of DTensors that are here, with a complex number as two real ones."""
     if PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_complex, tensors)):
         return tensors  # as nearly always
-    return [None if t is None else as_real(t.to_local() if _is_sharded(t) else t) for t in tensors]
+    return [None if t is None else as_real(local(t)) for t in tensors]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_rprop.optim.foreach import update_foreach
 from lightning_rprop.optim.fused import PLAIN, fused_update, fused_update_of_all
+from lightning_rprop.optim.sharding import aligned, is_sharded, local
 from lightning_rprop.optim.update import update
 
 # Devices on which a foreach call is one launch for many tensors; elsewhere it is a loop that needs more memory.
@@ -68,18 +69,22 @@ def dispatch(
 
     Returns:
         Implementations, each with the four lists (params, grads, prevs, step_sizes) for it, in which a complex number
-        is two real ones.
+        is two real ones and a DTensor is the part of it that is here.
 
     Raises:
         RuntimeError: If ``fused`` is ``True`` and no kernel serves one of the parameters.
     """
-    lists = (params, grads, prevs, step_sizes)
+    lists: Lists = (params, grads, prevs, step_sizes)
     if torch.compiler.is_compiling():  # the compiler fuses the plain loop itself, across all tensors
-        return [(update, [[*map(as_real, tensors)] for tensors in lists])]
+        return [(update, [[as_real(local(t)) for t in tensors] for tensors in lists])]
     if fused is None and (foreach is not None or differentiable):
         fused = False
     if fused is not False and (kernel := fused_update_of_all(params, grads, prevs, step_sizes, take_back)):
         return [(kernel, lists)]
+    if not differentiable and any(map(is_sharded, params)):
+        grads = [*map(aligned, grads, params)]
+        lists = [[*map(local, tensors)] for tensors in (params, grads, prevs, step_sizes)]
+        return dispatch(*lists, foreach=foreach, fused=fused, take_back=take_back, differentiable=differentiable)
 
     batches: dict[tuple[Update, torch.device, torch.dtype], list[list[Tensor]]] = {}
     for i, row in enumerate(zip(*lists, strict=True)):
@@ -107,6 +112,7 @@ def check_fused(names: Sequence[str], rows: Sequence[tuple[Tensor, Tensor, Tenso
     Raises:
         RuntimeError: If there is such a parameter.
     """
+    rows = [(local(param), local(aligned(grad, param)), local(prev), local(size)) for param, grad, prev, size in rows]
     params, grads, prevs, step_sizes = ([row[i] for row in rows] for i in range(4))
     if not rows or fused_update_of_all(params, grads, prevs, step_sizes, take_back=False):
         return

@@ -17,6 +17,7 @@ from lightning_rprop.optim.closure import evaluate_anew
 from lightning_rprop.optim.dispatch import check_fused
 from lightning_rprop.optim.functional import rprop
 from lightning_rprop.optim.options import LATER_OPTIONS, check_dtypes, check_options, initial_step_size
+from lightning_rprop.optim.sharding import local, placed, whole
 from lightning_rprop.optim.variants import AT_FLIP, Variant
 
 __all__ = ["Rprop", "rprop"]
@@ -152,6 +153,8 @@ class Rprop(Optimizer):
             for name, param in named:
                 if param_state := state["state"].get(param):
                     check_state(name, param, param_state)
+                    for key in ("prev", "step_size"):
+                        param_state[key] = placed(param_state[key], param)
                     if not isinstance(param_state["step"], Tensor):
                         param_state["step"] = _counter(param, group["capturable"]).fill_(float(param_state["step"]))
         super().__setstate__(state)
@@ -269,7 +272,7 @@ class Rprop(Optimizer):
         states = [self.state[p] for p in group["params"] if p in self.state]
         if loss is None or not states:
             return False  # nothing moves
-        now = loss.detach().reshape(()) if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+        now = whole(loss.detach()).reshape(()) if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
         worst = -torch.inf if group["maximize"] else torch.inf
         now = torch.where(now.isnan(), worst, now)
         before = next((state["prev_loss"] for state in states if "prev_loss" in state), None)
@@ -323,7 +326,7 @@ def _makes_state(optimizer: Optimizer) -> bool:
     return (
         not optimizer.state
         and all(group["lr"] == 0 for group in groups)
-        and not any(bool(p.grad.any()) for group in groups for p in group["params"] if p.grad is not None)
+        and not any(bool(local(p.grad).any()) for group in groups for p in group["params"] if p.grad is not None)
     )
 
 
