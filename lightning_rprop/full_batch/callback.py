@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rprop.agreement import check_agreement
+from lightning_rprop.class_name import is_called
 from lightning_rprop.full_batch.advice import RandomnessCheck, warn_of_batch_statistics, warn_of_dropout
 from lightning_rprop.full_batch.evaluation import Evaluation, no_loss
 from lightning_rprop.full_batch.loader import FullBatchLoader
@@ -46,6 +48,7 @@ class FullBatch(Callback):
         ValueError: If an argument is not one of its choices.
         MisconfigurationException: At the start of ``fit``, if the Trainer accumulates gradients, the module optimizes
             manually or has several optimizers, or the training data do not come from a FullBatchLoader.
+        ValueError: At the start of ``fit``, if shapes, hyperparameters or numbers of samples differ between the ranks.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -84,7 +87,7 @@ class FullBatch(Callback):
                 "FullBatch takes all samples in one step, but accumulate_grad_batches is "
                 f"{trainer.accumulate_grad_batches}: leave it at 1; FullBatchLoader(micro_batch_size=...) saves memory"
             )
-        if any(_is_called(callback, "GradientAccumulationScheduler") for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(is_called(callback, "GradientAccumulationScheduler") for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 "FullBatch takes all samples in one step: remove the GradientAccumulationScheduler"
             )
@@ -98,11 +101,16 @@ class FullBatch(Callback):
                 f"FullBatch does not support {type(trainer.strategy).__name__}, which weighs gradients itself: use "
                 "strategy='ddp'"
             )
+        check_agreement(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(_is_called(callback, "FullBatch") for callback in callbacks) > 1:
+        if sum(is_called(callback, "FullBatch") for callback in callbacks) > 1:
             raise MisconfigurationException("FullBatch is among the callbacks more than once: leave one")
         # a new list, as the old one is being walked through; first, so that others see the gradient of all samples
         trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse ranks whose hyperparameters differ."""
+        check_agreement(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the loader and the optimizer's closure."""
@@ -180,12 +188,14 @@ class _Fit:
         self.randomness: RandomnessCheck | None = None
         self.step = -1  # Lightning's count before the one that has begun
         self.warned = warned
-        self.takes_loss = "loss" in inspect.signature(type(optimizer).step).parameters
         self.wrapped = False  # whether a step with our closure is running
         self.hooks = [
             optimizer.register_step_pre_hook(self.before_step),
             optimizer.register_step_post_hook(self.after_step),
         ]
+        inner = getattr(optimizer, "optim", None)
+        if isinstance(inner, Optimizer):  # of ZeroRedundancyOptimizer, which takes no loss itself
+            self.hooks.append(inner.register_step_pre_hook(self.before_step))
 
     def begin(self, batch_idx: int) -> None:
         self.loss = None
@@ -212,7 +222,8 @@ class _Fit:
         if self.wrapped:  # the step of a subclass calls its parent's
             return args, kwargs
         if closure is None:
-            if self.takes_loss and "loss" not in kwargs and self.evaluation.loss is not None:
+            takes_loss = "loss" in inspect.signature(type(optimizer).step).parameters
+            if takes_loss and "loss" not in kwargs and self.evaluation.loss is not None:
                 kwargs = {**kwargs, "loss": self.evaluation.loss}
             self.interrupts.hold()
             return args, kwargs
@@ -297,8 +308,3 @@ def _take_over(trainer: pl.Trainer) -> FullBatchLoader:
 def _max_iter(optimizer: Optimizer) -> int:
     """How often a step moves, in the optimizers that say so."""
     return int(optimizer.param_groups[0].get("max_iter") or 1)
-
-
-def _is_called(callback: Any, name: str) -> bool:
-    """Tell a callback by its class's name, as there are two packages that define Lightning's."""
-    return any(cls.__name__ == name for cls in type(callback).__mro__)

@@ -21,6 +21,7 @@ from lightning_rprop.lightning_private import (
     run_training_step,
     weigh_logs,
 )
+from lightning_rprop.optim.sharding import local, whole
 
 # What self.log weighs the samples of a micro-batch by that only keeps a rank in step: nothing, but not a division by 0.
 _NOTHING = 1e-20
@@ -173,6 +174,7 @@ class Evaluation:
         """Add a loss to the sum; return the factor of its gradient, ``None`` for 1."""
         if micro_batch.size == 0:
             return 0.0
+        value = whole(value)
         self.samples += max(micro_batch.size, 0)
         if self.alone and self.reduction == "mean":
             self.loss = value
@@ -219,7 +221,8 @@ class Evaluation:
         # a strategy with more processes than replicas has summed each replica's share several times
         total = sums[1] * self.replicas / self.trainer.world_size if self.total is None else self.total
         factor = 1 / ((self.unit or 1.0) * total)
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grads = [local(p.grad) for p in params if p.grad is not None]
         if grads and (isinstance(factor, Tensor) or factor != 1):
             torch._foreach_mul_(grads, factor)
         if self.unit is None:

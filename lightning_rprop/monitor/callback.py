@@ -13,6 +13,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 
+from lightning_rprop.agreement import check_agreement
+from lightning_rprop.class_name import is_called
 from lightning_rprop.lightning_private import logged_step
 from lightning_rprop.monitor.advice import TOPICS, Advice
 from lightning_rprop.monitor.history import History
@@ -84,6 +86,7 @@ class StepSizeMonitor(Callback):
     Raises:
         ValueError: If an argument is not one of its choices.
         MisconfigurationException: At the start of ``fit``, if no optimizer is an Rprop or a pattern fits no parameter.
+        ValueError: At the start of ``fit``, if shapes or hyperparameters differ between the ranks.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -150,8 +153,10 @@ class StepSizeMonitor(Callback):
         self._steps_before = self._step_measured = self._step_logged = 0  # by Lightning's global_step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
+        """Forget an earlier run, and refuse ranks whose models differ."""
         self._restored = None
+        if stage == "fit":
+            _check_agreement(trainer)
         if stage == "fit" and trainer.global_step == 0:
             self._begin()
 
@@ -163,6 +168,7 @@ class StepSizeMonitor(Callback):
                 f"StepSizeMonitor needs an Rprop optimizer, but configure_optimizers returned: {found}. "
                 "Return lightning_rprop.Rprop(...) or torch.optim.Rprop(...), or remove the callback."
             )
+        _check_agreement(trainer)
         self._groups = []
         self._names = {id(param): name for name, param in pl_module.named_parameters()}
         self._plan = self._plan._replace(parameters=self._chosen([row.name for row in self._rows(trainer)[0]]))
@@ -333,6 +339,11 @@ class StepSizeMonitor(Callback):
                 send(logger, metrics, histograms, step)
         self._history.add(step, metrics if record.loss is None else {"loss": record.loss, **metrics})
         self._advice.of_record(record, step, half=str(trainer.precision).startswith("16"))
+
+
+def _check_agreement(trainer: pl.Trainer) -> None:
+    if not any(is_called(callback, "FullBatch") for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        check_agreement(trainer)  # else FullBatch does it
 
 
 def _is_list(value: Any) -> bool:

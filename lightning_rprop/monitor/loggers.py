@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_rprop.class_name import is_called
 from lightning_rprop.monitor.record import Histogram
 
 
@@ -20,8 +21,7 @@ def send(logger: Any, metrics: Mapping[str, float], histograms: Mapping[str, His
         step: to log them at.
     """
     values: dict[str, Any] = dict(metrics)
-    # told by its name: there are two packages with Lightning's loggers
-    if histograms and any(cls.__name__ == "WandbLogger" for cls in type(logger).__mro__):
+    if histograms and is_called(logger, "WandbLogger"):
         import wandb
 
         for name, (edges, counts) in histograms.items():
