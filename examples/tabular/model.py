@@ -8,6 +8,7 @@ from itertools import pairwise
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
 
@@ -40,6 +41,12 @@ class MLP(pl.LightningModule):
         for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.Tanh()]
         self.net = nn.Sequential(*layers, nn.Linear(widths[-1], out_features))
+
+    def configure_model(self) -> None:
+        """Share the layers out where the strategy has a mesh of processes for that (``trainer=fsdp2``)."""
+        mesh = self.device_mesh
+        if mesh is not None and not isinstance(self.net, FSDPModule):
+            fully_shard(self.net, mesh=mesh["data_parallel"])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs ``(n, in_features)`` to logits or predictions ``(n, out_features)``."""
