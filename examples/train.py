@@ -2,7 +2,7 @@
 
 python examples/train.py                                    # digits
 python examples/train.py data=diabetes optimizer.lr=0.05 trainer=ddp_cpu
-python examples/train.py -m optimizer.lr=0.01,0.1           # a sweep
+python examples/train.py -m optimizer.lr=0.01,0.1           # a sweep; also with trainer=ddp_cpu
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def main(cfg: DictConfig) -> float:
     import lightning.pytorch as pl
     from tabular.report import SCORE, Report
 
+    from lightning_rprop import hydra_ddp
+
     pl.seed_everything(cfg.seed)
     data = instantiate(cfg.data)
     model = instantiate(
@@ -41,10 +43,11 @@ def main(cfg: DictConfig) -> float:
     loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
 
-    trainer.fit(model, datamodule=data)
-    held_out = float(trainer.callback_metrics.get("val/score", "nan"))
-    checkpoint = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else None
-    test = trainer.test(model, datamodule=data, ckpt_path=checkpoint or None, verbose=False)[0]
+    with hydra_ddp(trainer):
+        trainer.fit(model, datamodule=data)
+        held_out = float(trainer.callback_metrics.get("val/score", "nan"))
+        checkpoint = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else None
+        test = trainer.test(model, datamodule=data, ckpt_path=checkpoint or None, verbose=False)[0]
 
     if trainer.is_global_zero:
         picture = draw(callbacks, Path(cfg.output_dir) / "step_sizes.png", f"{data.name}: full-batch Rprop")

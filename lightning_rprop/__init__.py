@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_rprop.config import FullBatchConf, RpropConf, StepSizeMonitorConf
     from lightning_rprop.full_batch.callback import FullBatch
     from lightning_rprop.full_batch.loader import FullBatchLoader
+    from lightning_rprop.hydra_job.ddp import hydra_ddp
     from lightning_rprop.monitor.callback import StepSizeMonitor
     from lightning_rprop.optim.rprop import Rprop
 
@@ -27,6 +28,7 @@ __all__ = [
     "StepSizeMonitor",
     "StepSizeMonitorConf",
     "__version__",
+    "hydra_ddp",
 ]
 
 _HOME = {
@@ -37,6 +39,7 @@ _HOME = {
     "RpropConf": "lightning_rprop.config",
     "StepSizeMonitor": "lightning_rprop.monitor.callback",
     "StepSizeMonitorConf": "lightning_rprop.config",
+    "hydra_ddp": "lightning_rprop.hydra_job.ddp",
 }
 
 

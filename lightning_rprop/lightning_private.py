@@ -5,6 +5,11 @@ They were looked at in the releases that ``tests/test_lightning_private.py`` nam
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -51,6 +56,51 @@ def weigh_logs(trainer: pl.Trainer, samples: float) -> None:
     results = trainer._results
     if results is not None:
         results.batch_size = float(samples)  # type: ignore[assignment]
+
+
+def starts_scripts(trainer: pl.Trainer) -> bool:
+    """Tell whether the strategy is one whose other ranks are runs of the script (``ddp``, ``fsdp``, ...)."""
+    return _script_launcher(trainer) is not None
+
+
+def starts_ranks(trainer: pl.Trainer) -> bool:
+    """Tell whether Lightning would start the other ranks itself, as neither torchrun nor SLURM has started them."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return environment is not None and not environment.creates_processes_externally
+
+
+def children(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
+    """Give the processes that the launcher of scripts has started, in the order of their ranks."""
+    return list(getattr(trainer.strategy.launcher, "procs", []))
+
+
+@contextmanager
+def start_ranks_by(
+    trainer: pl.Trainer,
+    command: Callable[[int], tuple[Sequence[str], str]],
+    watch: Callable[[list[subprocess.Popen[bytes]]], None],
+) -> Iterator[None]:
+    """Let the launcher of scripts start rank ``r`` by ``command(r)``, in its folder, and call ``watch`` once they run.
+
+    Under Hydra its own command is the whole sweep again (Lightning issues 11300 and 18175), and its own watch kills
+    this process, and with it the sweep, when a rank has failed. Both are functions of the module.
+    """
+    module = _script_launcher(trainer)
+    replaced = {"_hydra_subprocess_cmd": command, "_launch_process_observer": watch}
+    before = {name: getattr(module, name) for name in replaced}
+    vars(module).update(replaced)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+def _script_launcher(trainer: pl.Trainer) -> ModuleType | None:
+    """Give the module of the launcher of scripts, that of the ``pytorch_lightning`` package if it is its trainer."""
+    for kind in type(trainer.strategy.launcher).__mro__:
+        if kind.__name__ == "_SubprocessScriptLauncher":
+            return sys.modules[kind.__module__]
+    return None
 
 
 class StepLogs:

@@ -1,5 +1,7 @@
 """The private names of Lightning stand in one file, and hold for the releases that are named here."""
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -65,6 +67,15 @@ def test_what_is_used_is_there_and_does_what_is_relied_on(tmp_path):
     assert [name for name, _, _ in module.seen] == ["training_step"] * 3
     assert [name for _, name, _ in module.seen][1:] == ["training_step"] * 2
     assert [samples for _, _, samples in module.seen] == [3.0, 3.0, 4.0]
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        launcher = importlib.import_module(f"{package}.strategies.launchers.subprocess_script")
+        assert list(inspect.signature(launcher._hydra_subprocess_cmd).parameters) == ["local_rank"]
+        assert list(inspect.signature(launcher._launch_process_observer).parameters) == ["child_processes"]
+        assert {"_hydra_subprocess_cmd", "_launch_process_observer"} <= {
+            *launcher._SubprocessScriptLauncher._call_children_scripts.__code__.co_names,
+            *launcher._SubprocessScriptLauncher.launch.__code__.co_names,
+        }
+        assert launcher._SubprocessScriptLauncher(None, 2, 1).procs == []
     assert callable(call._call_strategy_hook)
     assert callable(call._call_lightning_module_hook)
     assert torch.equal(module._on_before_batch_transfer(torch.ones(2), dataloader_idx=0), torch.ones(2))
