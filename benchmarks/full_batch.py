@@ -19,8 +19,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -35,6 +33,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.ranks import on_ranks
 from benchmarks.step import processor
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
@@ -194,19 +193,9 @@ def medians(row: Row, folder: str, seconds: float) -> tuple[float, float]:
 
 
 def on_two_ranks(folder: str, seconds: float) -> tuple[float, float]:
-    """Run both programs of the row for two ranks in two gloo processes, as torchrun starts them."""
-    processes = []
-    for rank in range(2):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        places |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 29531, "TORCHELASTIC_RUN_ID": "benchmark"}
-        environment = {**os.environ, **{name: str(value) for name, value in places.items()}}
-        command = [sys.executable, "-m", "benchmarks.full_batch", "--as-rank", folder, "--seconds", str(seconds)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        sys.exit("a rank failed")
-    found = json.loads(outputs[0].splitlines()[-1])
-    return found[0], found[1]
+    """Run both programs of the row for two ranks."""
+    mine, theirs = on_ranks(2, "benchmarks.full_batch", "--as-rank", folder, "--seconds", seconds)
+    return mine, theirs
 
 
 def as_rank(folder: str, seconds: float) -> None:

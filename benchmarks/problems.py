@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
@@ -35,19 +35,27 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def table(load: Callable[..., tuple], classes: int, hidden: int) -> Callable[[], Start]:
+class Fit(NamedTuple):
+    """Inputs, targets, how a network for them is made from torch's random state, and the loss of its outputs."""
+
+    x: Tensor
+    y: Tensor
+    net: Callable[[], nn.Sequential]
+    criterion: Callable[[Tensor, Tensor], Tensor]
+
+    def start(self) -> Start:
+        """Begin to fit all samples."""
+        net = self.net()
+        return list(net.parameters()), lambda: self.criterion(net(self.x), self.y)
+
+
+def table(load: Callable[..., tuple], classes: int, hidden: int) -> Fit:
     """Fit a network to one of scikit-learn's tables, standardised: cross-entropy, or squared error for one class."""
     inputs, targets = load(return_X_y=True)
     x = torch.tensor(StandardScaler().fit_transform(inputs), dtype=torch.float32)
     y = torch.tensor(targets) if classes > 1 else torch.tensor(targets, dtype=torch.float32).unsqueeze(1)
     y = y if classes > 1 else (y - y.mean()) / y.std()
-
-    def start() -> Start:
-        net = mlp(x.shape[1], hidden, classes)
-        criterion = F.cross_entropy if classes > 1 else F.mse_loss
-        return list(net.parameters()), lambda: criterion(net(x), y)
-
-    return start
+    return Fit(x, y, lambda: mlp(x.shape[1], hidden, classes), F.cross_entropy if classes > 1 else F.mse_loss)
 
 
 def oscillator() -> Start:
@@ -96,10 +104,11 @@ def ellipsoid(condition: float, rotated: bool) -> Callable[[], Start]:
     return start
 
 
+DIGITS, CANCER, DIABETES = table(load_digits, 10, 32), table(load_breast_cancer, 2, 16), table(load_diabetes, 1, 16)
 PROBLEMS = {
-    "digits": Problem("digits, 64-32-10 network", table(load_digits, 10, 32), 1e-3, 500),
-    "cancer": Problem("breast cancer, 30-16-2 network", table(load_breast_cancer, 2, 16), 1e-4, 500),
-    "diabetes": Problem("diabetes, 10-16-1 network", table(load_diabetes, 1, 16), 0.2, 3000),
+    "digits": Problem("digits, 64-32-10 network", DIGITS.start, 1e-3, 500),
+    "cancer": Problem("breast cancer, 30-16-2 network", CANCER.start, 1e-4, 500),
+    "diabetes": Problem("diabetes, 10-16-1 network", DIABETES.start, 0.2, 3000),
     "oscillator": Problem("oscillator, physics-informed 1-20-20-1", oscillator, 1e-3, 3000),
     "gp": Problem("Gaussian process, 12 hyperparameters", gaussian_process, 0.2036, 300, 0.1),
     "ellipsoid": Problem("ellipsoid, condition 10^2, parallel axes", ellipsoid(10, False), 1e-6, 3000),
@@ -107,15 +116,15 @@ PROBLEMS = {
 }
 
 
-def add_only(parser: argparse.ArgumentParser) -> None:
+def add_only(parser: argparse.ArgumentParser, problems: dict[str, Any] = PROBLEMS) -> None:
     """Add the option ``--only``, which gives some of the problems, by default all."""
 
-    def select(names: str) -> dict[str, Problem]:
-        if unknown := set(names.split(",")) - set(PROBLEMS):
+    def select(names: str) -> dict[str, Any]:
+        if unknown := set(names.split(",")) - set(problems):
             raise argparse.ArgumentTypeError(
-                f"no problem {', '.join(sorted(unknown))}; there are {', '.join(PROBLEMS)}"
+                f"no problem {', '.join(sorted(unknown))}; there are {', '.join(problems)}"
             )
-        return {name: PROBLEMS[name] for name in names.split(",")}
+        return {name: problems[name] for name in names.split(",")}
 
-    about = f"some of the problems, separated by commas: {', '.join(PROBLEMS)}"
-    parser.add_argument("--only", type=select, default=PROBLEMS, help=about)
+    about = f"some of the problems, separated by commas: {', '.join(problems)}"
+    parser.add_argument("--only", type=select, default=problems, help=about)

@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fabric_ranks
 import pytest
 import torch
+from lit import all_equal, trainer
 from twin import twin
+from whole_set import Regression, exact, relative_error, run_ranks
+
+from lightning_rprop import FullBatch, FullBatchLoader
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,6 +120,67 @@ def test_step_benchmark_counts_the_right_bytes(monkeypatch):
     assert bytes_moved(CASES["bfloat16"]) == 7 * 2 * 25_557_032
 
 
+def test_precision_benchmark_shows_what_bfloat16_costs_and_what_helps(tmp_path):
+    file = tmp_path / "precision.json"
+    command = ("-m", "benchmarks.precision", "--starts", "1", "--only", "digits,moves", "--json", str(file))
+    output = run(ROOT, *command)
+    figures = json.loads(file.read_text())
+    (losses,), moves = figures["losses"], figures["moves"]
+    assert losses.pop("problem") == "digits"
+    assert f"| {' | '.join(f'{loss:.2g}' for loss in losses.values())} |" in output
+    in_bfloat16 = {"bf16-true", "master weights alone"}
+    assert all((loss > 1e-5) == (way in in_bfloat16) for way, loss in losses.items()), losses  # 1e-4 against 1e-9
+    assert [(row["lr"], row["in_turn"]) for row in moves[:2]] == [(1e-2, 0), (1e-3, 8)]
+    assert all(abs(row["in_turn"] - row["predicted"]) <= 1 for row in moves)  # the step sizes round, too
+    assert moves[0]["first"] == 0 < moves[-1]["first"]
+    assert "at least 1, got 0" in run(ROOT, "-m", "benchmarks.precision", "--starts", "0", fails=True)
+
+
+def test_remedies_of_the_precision_benchmark_add_as_they_should(monkeypatch):
+    """Moves below half a unit of the weight's last place, which are exact in float32."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.precision import KAHAN, MASTER, STEP_SIZES
+
+    moves = torch.randint(-3, 5, (2000, 7), generator=torch.Generator().manual_seed(0)).float() * 2**-12
+    exact = 1 + moves.double().cumsum(0)
+    weights, memories = {}, {}
+    for remedy in (KAHAN, MASTER, STEP_SIZES):
+        weight = torch.ones(7, dtype=torch.bfloat16)
+        memory = remedy.remember(weight)
+        for move in moves:
+            remedy.add(weight, move, memory)
+        weights[remedy], memories[remedy] = weight, memory
+    assert (exact[-1] > 1.1).all()
+    assert torch.equal(weights[KAHAN].double() + memories[KAHAN].double(), exact[-1])
+    assert torch.equal(memories[MASTER].double(), exact[-1])
+    assert torch.equal(weights[MASTER], exact[-1].bfloat16())
+    assert torch.equal(weights[STEP_SIZES], torch.ones_like(weights[STEP_SIZES]))  # nothing but rounding
+
+
+def test_traffic_benchmark_counts_what_is_predicted(tmp_path):
+    file = tmp_path / "traffic.json"
+    options = ("--worlds", "2", "--steps", "4", "--fits", "1", "--json", str(file))
+    output = run(ROOT, "-m", "benchmarks.traffic", *options)
+    figures = json.loads(file.read_text())
+    rows = {(row["net"], row["program"]): row for row in figures["rows"]}
+    for net, size, buckets in (("small", 4 * 5_569, 1), ("large", 4 * 982_921, 2)):
+        ours, peer, sharded = (
+            rows[net, program] for program in ("FullBatch", "accumulate_grad_batches", "FullBatch, FSDP2")
+        )
+        assert ours["calls"] == {"allreduce": buckets + 1, "broadcast": 1, "barrier": 1}
+        assert ours["bytes"] == {"allreduce": size + 16, "broadcast": 8}
+        assert peer["calls"] == {"allreduce": buckets, "broadcast": 8}
+        assert peer["bytes"] == {"allreduce": size, "broadcast": 64}
+        padded = size + 4 * (65 if net == "small" else 961)  # the last layer, of one row, on two ranks
+        assert sharded["bytes"]["allgather_base"] == 8 * 2 * padded
+        assert sharded["bytes"]["reduce_scatter_base"] == 8 * padded
+        # of two ranks each sends the gradients once; other programs only add to that
+        assert ours["loopback"] is None or ours["loopback"] > 0.8 * 2 * size
+    resnet50 = figures["loads"][1]
+    assert resnet50["size"] == 4 * 25_557_032
+    assert re.search(r"^\| ResNet-50's.* \| 4 \| 153\.3 \| 1840 \| 123 \|", output, flags=re.MULTILINE)
+
+
 def test_pinn_learns_the_solution_and_leaves_its_picture(tmp_path):
     program = str(ROOT / "examples" / "pinn.py")
     output = run(
@@ -125,3 +191,20 @@ def test_pinn_learns_the_solution_and_leaves_its_picture(tmp_path):
     assert float(errors["Rprop"]) < 0.5  # of the solution's norm; after some milliseconds already, where it has a core
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "--seconds must be > 0" in run(tmp_path, program, "--seconds", "0", fails=True)
+
+
+def test_fabric_on_any_number_of_ranks_equals_the_trainer(tmp_path):
+    """To the last bit, as nothing rounds; across a checkpoint too."""
+    module = Regression(fabric_ranks.optimizer, net=fabric_ranks.network())
+    loader = FullBatchLoader(fabric_ranks.dyadic(), fabric_ranks.SIZE, steps_per_epoch=fabric_ranks.STEPS)
+    trainer(tmp_path, [FullBatch()], max_epochs=1).fit(module, loader)
+    _, gradient = exact(fabric_ranks.network(), fabric_ranks.ragged())
+    for world in (1, 2):
+        run_ranks("fabric_ranks.py", world, tmp_path)
+        for rank in range(world):
+            seen = torch.load(tmp_path / f"{world}-{rank}.pt")
+            assert all_equal(seen["whole"], module.net.parameters()), (world, rank)
+            assert all_equal(seen["resumed"], seen["whole"]), (world, rank)
+            assert not all_equal(seen["half"], seen["whole"]), (world, rank)
+            # float64's rounding, where the dyadic ones and the signs would forgive a wrong weight
+            assert relative_error(seen["gradient"], gradient) < 1e-14, (world, rank)

@@ -1,0 +1,283 @@
+"""What bfloat16 and float16 cost Rprop, and which remedy helps: the loss that a training ends with, whole data sets.
+
+The ways are those of Lightning's ``precision=``, batches in the weights' dtype included; beside "bf16-true" stands what
+is done about it. "float32 loss" is ``net(x).float()`` before the loss. The others take float32 step sizes, and add a
+step to the bfloat16 weight as it is, with Kahan's compensation, or to a float32 master weight, whose loss is told.
+A cell is the median over the starts of the loss of all samples at the end, evaluated in float32.
+
+Predicted before the first run: a step below half a unit in the last place of a bfloat16 weight does nothing, so that
+bf16-true stands still, and one of the three remedies of the steps is needed. For the sums of micro-batches: no effect
+at 16, a loss up to ten times as large at 100, where a bfloat16 sum is wrong by 2 %. For a weight of 1.5: a step size of
+lr is lost ceil(log(2^-8 / lr) / log 1.2) times in turn, 8 times for 1e-3.
+
+    python -m benchmarks.precision
+    python -m benchmarks.precision --json precision.json
+    python -m benchmarks.precision --starts 1 --only cancer,moves
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the field's name for it)
+
+from benchmarks.problems import CANCER, DIABETES, DIGITS, Fit, add_only, mlp
+from benchmarks.step import machine
+from lightning_rprop import Rprop
+
+LR = 0.01
+WEIGHT = 1.5  # whose neighbours in bfloat16 are 2^-7 away
+FIRST = 10  # steps
+RATES = (1e-2, 1e-3, 1e-4, 1e-5)
+
+
+class Remedy(NamedTuple):
+    """How a move in float32 is added to a bfloat16 weight, and what has to be remembered for that."""
+
+    remember: Callable[[Tensor], Tensor]
+    add: Callable[[Tensor, Tensor, Tensor], object]
+
+
+def add_rounded(weight: Tensor, move: Tensor, nothing: Tensor) -> None:
+    """Add, and forget what the weight does not hold."""
+    weight.copy_(weight.float() + move)
+
+
+def add_compensated(weight: Tensor, move: Tensor, left: Tensor) -> None:
+    """Add with what was left of the moves before; keep what is left now, in bfloat16 (Kahan)."""
+    due = (left.float() + move).to(left.dtype)
+    new = (weight.float() + due.float()).to(weight.dtype)
+    left.copy_(due.float() - (new.float() - weight.float()))
+    weight.copy_(new)
+
+
+def add_to_master(weight: Tensor, move: Tensor, master: Tensor) -> None:
+    """Add to the master, of which the weight is a copy."""
+    weight.copy_(master.add_(move))
+
+
+STEP_SIZES = Remedy(lambda weight: weight.new_empty(0), add_rounded)
+KAHAN = Remedy(torch.zeros_like, add_compensated)
+MASTER = Remedy(Tensor.float, add_to_master)
+
+
+class Remedied:
+    """Rprop whose step sizes are float32 beside bfloat16 weights, with a remedy for what is lost when they are added.
+
+    The optimizer inside has the moves as its parameters, which are 0 before each step and so hold it exactly.
+    """
+
+    def __init__(self, params: list[Tensor], remedy: Remedy) -> None:
+        self.params = params
+        self.add = remedy.add
+        self.memory = [remedy.remember(p.detach()) for p in params]
+        self.moves = [torch.zeros_like(p, dtype=torch.float32) for p in params]
+        self.optimizer = Rprop(self.moves, lr=LR)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Make a step."""
+        for move, param in zip(self.moves, self.params, strict=True):
+            move.zero_().grad = param.grad.float()
+        self.optimizer.step()
+        for param, move, memory in zip(self.params, self.moves, self.memory, strict=True):
+            self.add(param, move, memory)
+
+
+class Way(NamedTuple):
+    """A precision of Lightning's, and what is done about it."""
+
+    weights: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    float32_loss: bool = False
+    remedy: Remedy | None = None
+
+
+BF16 = torch.bfloat16
+WAYS = {
+    "32-true": Way(),
+    "64-true": Way(torch.float64),
+    "16-mixed, GradScaler": Way(autocast=torch.float16),
+    "bf16-mixed": Way(autocast=BF16),
+    "bf16-true": Way(BF16),
+    "+ float32 loss": Way(BF16, float32_loss=True),
+    "+ float32 step sizes": Way(BF16, float32_loss=True, remedy=STEP_SIZES),
+    "+ Kahan": Way(BF16, float32_loss=True, remedy=KAHAN),
+    "+ master weights": Way(BF16, float32_loss=True, remedy=MASTER),
+    "master weights alone": Way(BF16, remedy=MASTER),
+}
+
+
+class Row(NamedTuple):
+    """A problem, and for how many steps."""
+
+    about: str
+    fit: Fit
+    steps: int
+
+
+def sine() -> Fit:
+    """Fit a network to a sine of 200 points."""
+    x = torch.linspace(-3, 3, 200).unsqueeze(1)
+    return Fit(x, x.sin(), lambda: mlp(1, 20, 1), F.mse_loss)
+
+
+ROWS = {
+    "digits": Row("digits, 64-32-10 network", DIGITS, 300),
+    "cancer": Row("breast cancer, 30-16-2 network", CANCER, 300),
+    "diabetes": Row("diabetes, 10-16-1 network", DIABETES, 500),
+    "sine": Row("sine, 1-20-1 network", sine(), 500),
+}
+SUMS = [Row("digits, 64-32-10 network", DIGITS, 50), Row("diabetes, 10-16-1 network", DIABETES, 50)]
+CUTS = [(1, False), (16, False), (16, True), (100, False), (100, True)]  # micro-batches, and whether added in float32
+
+
+def end(row: Row, way: Way, seed: int, micro_batches: int = 1, float32_sum: bool = False) -> float:
+    """Train in so many micro-batches, and give the loss of all samples at the end, in float32."""
+    fit = row.fit
+    torch.manual_seed(seed)
+    net = fit.net().to(way.weights)
+    params = list(net.parameters())
+    optimizer = Rprop(params, lr=LR) if way.remedy is None else Remedied(params, way.remedy)
+    scaler = torch.amp.GradScaler("cpu", enabled=way.autocast == torch.float16)
+    y = fit.y.to(way.weights) if fit.y.is_floating_point() else fit.y
+    parts = [t.tensor_split(micro_batches) for t in (fit.x.to(way.weights), y)]
+    for _ in range(row.steps):
+        sums: list[Tensor | None] = [None] * len(params)
+        net.zero_grad()
+        for x, y in zip(*parts, strict=True):
+            with torch.autocast("cpu", way.autocast, enabled=way.autocast is not None):
+                loss = loss_of(net, x, y, fit, way.float32_loss)
+            scaler.scale(loss * (len(x) / len(fit.x))).backward()
+            if float32_sum:
+                sums = [p.grad.float() if s is None else s + p.grad for p, s in zip(params, sums, strict=True)]
+                net.zero_grad()
+        if float32_sum:
+            for p, s in zip(params, sums, strict=True):
+                p.grad = s.to(p.dtype)  # which keeps the sign
+        if isinstance(optimizer, Remedied):
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+        scaler.update()
+    net = copy.deepcopy(net).float()
+    with torch.no_grad():
+        if way.remedy is MASTER:
+            for p, master in zip(net.parameters(), optimizer.memory, strict=True):
+                p.copy_(master)
+        return fit.criterion(net(fit.x), fit.y).item()
+
+
+def loss_of(net: nn.Module, x: Tensor, y: Tensor, fit: Fit, float32_loss: bool) -> Tensor:
+    """Compute the loss of a batch."""
+    outputs = net(x)
+    if float32_loss:
+        outputs, y = outputs.float(), y.float() if y.is_floating_point() else y
+    return fit.criterion(outputs, y)
+
+
+def lost(lr: float, steps: int, seed: int) -> tuple[float, float]:
+    """Give the share of moves that leave a bfloat16 weight as it is: of the first steps, and of all, on digits."""
+    torch.manual_seed(seed)
+    net = DIGITS.net().to(BF16)
+    params = list(net.parameters())
+    optimizer = Rprop(params, lr=lr)
+    counts = []
+    for _ in range(steps):
+        net.zero_grad()
+        loss_of(net, DIGITS.x.to(BF16), DIGITS.y, DIGITS, True).backward()
+        before = [p.detach().clone() for p in params]
+        optimizer.step()
+        moves = [optimizer.state[p]["prev"] != 0 for p in params]  # where the sign has changed, prev is 0: no move
+        still = [move & (p == old) for move, p, old in zip(moves, params, before, strict=True)]
+        counts.append((sum(int(t.sum()) for t in still), sum(int(t.sum()) for t in moves)))
+    return tuple(sum(s for s, _ in some) / sum(m for _, m in some) for some in (counts[:FIRST], counts))
+
+
+def lost_in_turn(lr: float) -> int:
+    """Count the steps that leave a bfloat16 weight as it is while its gradient keeps its sign."""
+    weight = torch.tensor([WEIGHT], dtype=BF16)
+    weight.grad = torch.ones_like(weight)
+    optimizer = Rprop([weight], lr=lr)
+    for count in range(1000):
+        optimizer.step()
+        if weight != WEIGHT:
+            return count
+    raise RuntimeError(f"lr={lr:g}: the weight has not moved in 1000 steps")
+
+
+def predicted_in_turn(lr: float) -> int:
+    """Count the same on paper: a step size that grows by 1.2 must exceed half the distance to the next number."""
+    return max(0, math.ceil(math.log(2**-8 / lr) / math.log(1.2)))
+
+
+def print_table(head: list[str], lines: Iterable[list[str]]) -> None:
+    """Print lines in Markdown as they come."""
+    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for line in lines:
+        print(f"| {' | '.join(line)} |", flush=True)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=5, help="starts of each problem (default: 5)")
+    add_only(parser, {**ROWS, "sums": None, "moves": None})
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    arguments = parser.parse_args()
+    if arguments.starts < 1:
+        parser.error(f"--starts: must be at least 1, got {arguments.starts}")
+
+    torch.set_num_threads(1)
+    begin, seeds = time.perf_counter(), range(arguments.starts)
+    figures: dict[str, list[dict[str, Any]]] = {"losses": [], "sums": [], "moves": []}
+
+    def median(row: Row, way: Way, *cut: Any) -> float:
+        return statistics.median(end(row, way, seed, *cut) for seed in seeds)
+
+    def losses() -> Iterator[list[str]]:
+        for name in (name for name in ROWS if name in arguments.only):
+            found = {about: median(ROWS[name], way) for about, way in WAYS.items()}
+            figures["losses"].append({"problem": name, **found})
+            yield [ROWS[name].about, *(f"{loss:.2g}" for loss in found.values())]
+
+    def sums() -> Iterator[list[str]]:
+        for row in SUMS:
+            found = [median(row, WAYS["+ float32 loss"], *cut) for cut in CUTS]
+            figures["sums"].append({"problem": row.about, "losses": found})
+            yield [row.about, *(f"{loss:.3g}" for loss in found)]
+
+    def moves() -> Iterator[list[str]]:
+        for lr in RATES:
+            shares = zip(*(lost(lr, 300, seed) for seed in seeds), strict=True)
+            first, whole = map(statistics.median, shares)
+            found = {"first": first, "all": whole, "in_turn": lost_in_turn(lr), "predicted": predicted_in_turn(lr)}
+            figures["moves"].append({"lr": lr, **found})
+            yield [f"{lr:g}", f"{first:.1%}", f"{whole:.1%}", str(found["in_turn"]), str(found["predicted"])]
+
+    if ROWS.keys() & arguments.only.keys():
+        print_table(["problem", *WAYS], losses())
+    if "sums" in arguments.only:
+        cuts = [f"{n} micro-batches, added in {'float32' if precise else 'bfloat16'}" for n, precise in CUTS[1:]]
+        print_table(["bf16-true + float32 loss, 50 steps", "one batch", *cuts], sums())
+    if "moves" in arguments.only:
+        head = ["lr", f"lost, first {FIRST} steps", "lost, 300 steps", f"lost in turn at {WEIGHT}", "predicted"]
+        print_table(head, moves())
+    about = machine([])
+    print(f"\n{', '.join(f'{name} {value}' for name, value in about.items())}, {time.perf_counter() - begin:.0f} s")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": about, **figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

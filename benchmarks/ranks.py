@@ -1,0 +1,28 @@
+"""Runs a benchmark on several ranks: gloo processes on this machine, as torchrun starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+
+def on_ranks(world: int, module: str, *arguments: object) -> Any:
+    """Run ``python -m module arguments`` as so many ranks; give the JSON of the last line that rank 0 prints."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        places |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "benchmark"}
+        environment = {**os.environ, **{name: str(value) for name, value in places.items()}}
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        sys.exit("a rank failed")
+    return json.loads(outputs[0].splitlines()[-1])

@@ -1,0 +1,40 @@
+"""Full-batch Rprop in a loop of Fabric's: the exact gradient and loss of all samples, on any number of devices.
+
+python examples/fabric.py, or: fabric run --accelerator=cpu --devices=2 examples/fabric.py
+"""
+
+import torch
+from lightning.fabric import Fabric
+
+from lightning_rprop import FullBatchLoader, Rprop
+
+
+def fit(fabric, net, optimizer, loader, steps, resume=None):
+    """Train for so many steps in all, from a checkpoint on where one is given, and leave one."""
+    net, optimizer = fabric.setup(net, optimizer)
+    loader.share(fabric.global_rank, fabric.world_size, fabric.device)
+    state = {"net": net, "optimizer": optimizer, "step": 0}
+    if resume:
+        fabric.load(resume, state)
+
+    def evaluate():
+        optimizer.zero_grad()
+        total = 0
+        for (x, y), size, is_last in loader.micro_batches():
+            with fabric.no_backward_sync(net, enabled=not is_last):
+                loss = (net(x) - y).square().mean() * (size / loader.num_samples)
+                fabric.backward(loss * fabric.world_size)  # as DDP takes the mean over the ranks
+            total += loss.detach()
+        return fabric.all_reduce(total, reduce_op="sum")
+
+    for _ in range(state["step"], steps):
+        optimizer.step(evaluate)
+    fabric.save("fabric.ckpt", {**state, "step": steps})
+    fabric.print(f"step {steps}, loss {evaluate():.2g}")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    x = torch.linspace(-3, 3, 203).unsqueeze(1)
+    net = torch.nn.Sequential(torch.nn.Linear(1, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1))
+    fit(Fabric(), net, Rprop(net.parameters(), variant="irprop+"), FullBatchLoader((x, x.sin()), 50), steps=300)
