@@ -1,0 +1,135 @@
+"""Runs that are killed with SIGKILL, and go on from their last checkpoint; prints what became of each, as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import forks
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from strategy_ranks import Fit, fully, loader, make_trainer, parameters
+
+from lightning_rprop import StepSizeMonitor
+
+STEPS, EVERY = 30, 4
+VARIANTS = ("irprop+", "irprop-")
+
+
+class AtStep(Callback):
+    """Tell the parent that a step has begun, and give it the time to kill."""
+
+    def __init__(self, step, pipe):
+        self.step, self.pipe = step, pipe
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            os.write(self.pipe, b".")
+
+
+class From(Callback):
+    """Write down at which step a run begins."""
+
+    def on_train_start(self, trainer, *args):
+        Path(f"from-{trainer.global_rank}").write_text(str(trainer.global_step))
+
+
+class WhileSaving(Callback):
+    """Kill this process at the n-th access to files since the third checkpoint is being made."""
+
+    def __init__(self, n):
+        self.left, self.saves = n, 0
+        sys.addaudithook(self.hook)
+
+    def on_save_checkpoint(self, *args):
+        self.saves += 1
+
+    def hook(self, event, args):
+        if self.saves >= 3 and event in ("open", "os.rename", "os.remove", "os.mkdir", "os.symlink", "os.chmod"):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def checkpoints(sharded):
+    if not sharded:
+        return ModelCheckpoint("checkpoints", every_n_train_steps=EVERY, save_last=True)
+    # shards are written into a folder, in place: keep the one before, and change a link when all is there
+    return ModelCheckpoint(
+        "checkpoints", monitor="step", mode="max", save_top_k=2, every_n_train_steps=EVERY, save_last="link"
+    )
+
+
+def run_rank(strategy, callbacks=()):
+    """What a user's program does, also when it is started again."""
+    if strategy == "fsdp2":
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        world = int(os.environ["WORLD_SIZE"])
+        module = Fit(fully, variants=VARIANTS)
+        strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
+    else:
+        module = Fit(variants=VARIANTS)
+    sharded = not isinstance(strategy, str)
+    callbacks = [StepSizeMonitor(silence=["no_logger"]), checkpoints(sharded), From(), *callbacks]
+    trainer = make_trainer(strategy, STEPS, callbacks, enable_checkpointing=True)
+    trainer.fit(module, loader(20), ckpt_path="last", weights_only=True)
+    torch.save(parameters(trainer.strategy, module), f"end-{trainer.global_rank}.pt")
+
+
+def start(world, strategy, folder, callbacks=lambda rank: ()):
+    return forks.start(world, folder, lambda rank: run_rank(strategy, callbacks(rank)))
+
+
+def crash(world, strategy, folder, victim, step=None, delay=0.0, access=None):
+    """Kill one rank, at a step or while it saves; start the run again; tell what happened."""
+    folder.mkdir()
+    if step is None:
+        children = start(world, strategy, folder, lambda rank: [WhileSaving(access)] if rank == victim else [])
+    else:
+        ours, theirs = os.pipe()
+        children = start(world, strategy, folder, lambda rank: [AtStep(step, theirs)] if rank == victim else [])
+        os.read(ours, 1)
+        time.sleep(delay)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(children[victim], signal.SIGKILL)
+        os.close(ours)
+        os.close(theirs)
+    codes, seconds = forks.wait(children)
+    again, _ = forks.wait(start(world, strategy, folder))
+    ends = [torch.load(folder / f"end-{rank}.pt") for rank in range(world)] if not any(again) else []
+    return {
+        "codes": codes,
+        "seconds": seconds,
+        "step": step,
+        "from": [int((folder / f"from-{rank}").read_text()) for rank in range(world)],
+        "again": again,
+        "equal": [same(end) for end in ends],
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    kind, count, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    strategy = {"saving": "auto", "rank": "ddp"}.get(kind, "fsdp2")
+    os.environ["WORLD_SIZE"] = "1"
+    run_rank("auto")  # one process, undisturbed; and all is imported that the others need
+    truth = torch.load("end-0.pt")
+
+    def same(end):
+        return end.keys() == truth.keys() and all(torch.equal(end[name], truth[name]) for name in truth)
+
+    for i in range(count):
+        folder = Path(f"{kind}-{i}").absolute()
+        if kind == "rank":  # at different moments of steps from the first on
+            moment = {"step": 1 + i * (STEPS - 10) // count, "delay": 0.0005 * i}
+        else:
+            moment = {"access": 1 + i // world}
+        seen = crash(world, strategy, folder, i % world, **moment)
+        print("seen", json.dumps(seen), flush=True)

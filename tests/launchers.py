@@ -1,0 +1,24 @@
+"""Fits as a user's script does, in processes that Lightning starts: ``launchers.py ddp``; each saves what it has."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from strategy_ranks import Fit, loader, make_trainer, whole
+
+
+class Saving(Fit):
+    def __init__(self, strategy):
+        super().__init__()
+        self.strategy = strategy
+
+    def on_train_end(self):
+        params = {name: whole(param) for name, param in self.named_parameters()}
+        torch.save(params, f"{self.strategy}-{self.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # torch's threads do not survive a fork
+    for strategy in sys.argv[1:]:
+        make_trainer(strategy).fit(Saving(strategy), loader())

@@ -1,0 +1,263 @@
+"""Fits under several strategies on one, two and three ranks, which save what came out; for test_strategies.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import forks
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lit import trainer
+from torch.distributed._composable.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_rprop import FullBatch, FullBatchLoader, Rprop
+
+STEPS = 50
+STRATEGIES = ("ddp", "zero", "fsdp", "fsdp2", "fsdp2 full", "columns", "columns and rows")
+# by which a checkpoint is loaded and was saved; "fsdp" and "fsdp2" are sharded ones
+CHECKPOINTS = (
+    ("ddp", "ddp"),
+    ("zero", "zero"),
+    ("fsdp", "fsdp"),
+    ("fsdp2", "fsdp2"),
+    ("fsdp2 full", "fsdp2 full"),
+    ("ddp", "fsdp2 full"),
+    ("fsdp2 full", "ddp"),
+)
+WORLDS = (1, 2, 3)
+
+
+# those that Lightning has for each
+PRECISIONS = {
+    "ddp": ("64-true", "bf16-mixed", "bf16-true", "16-mixed"),
+    "zero": ("64-true", "bf16-mixed", "bf16-true", "16-mixed"),
+    "fsdp": ("bf16-mixed", "bf16-true"),
+    "fsdp2": ("bf16-mixed", "bf16-true"),
+    "columns": ("bf16-mixed", "bf16-true"),
+}
+
+VARIANTS = ("irprop-", "irprop+", "rprop-", "rprop+")
+PATHS = ({"foreach": False}, {"foreach": True}, {"fused": True})
+OPTIONS = {"lr": 0.25, "etas": (0.5, 2.0), "step_sizes": (2**-10, 4.0)}
+ROWS_OPTIONS = OPTIONS | {"step_sizes": (0.25, 1.0)}
+
+
+def whole_numbers(n=50):
+    """Data of which all sums are exact in float64, whoever adds them up."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randint(-4, 5, (n, 5), generator=generator).double()
+    return x, torch.randint(-40, 41, (n, 1), generator=generator).double()
+
+
+def small_numbers(n=50):
+    """The same for outputs and gradients in bfloat16, which has eight bits."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(-1, 2, (n, 5), generator=generator).float()
+    return x, torch.randint(-9, 10, (n, 1), generator=generator).float()
+
+
+class Towers(torch.nn.Module):
+    """A network for each variant, all alike at first; gives the sum of their losses.
+
+    Weights and step sizes are multiples of 2^-10, so that outputs, losses and gradients are exact.
+    """
+
+    def __init__(self, variants=VARIANTS):
+        super().__init__()
+        self.towers = torch.nn.ModuleList()
+        for _ in variants:
+            generator = torch.Generator().manual_seed(0)
+            tower = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 1)).double()
+            for param in tower.parameters():
+                param.data = torch.randint(-4, 5, param.shape, generator=generator).double() / 4
+            self.towers.append(tower)
+
+    def forward(self, x, y):
+        return sum((tower(x) - y).abs().sum() for tower in self.towers)
+
+
+class Rows(Towers):
+    """One layer each, for less than float64; the loss is summed in float32, as the README advises."""
+
+    def __init__(self, variants=VARIANTS):
+        super().__init__(())
+        for _ in variants:
+            layer = torch.nn.Linear(5, 1)
+            layer.weight.data.fill_(0.5)
+            layer.bias.data.fill_(0.25)
+            self.towers.append(torch.nn.Sequential(layer))
+
+    def forward(self, x, y):
+        return sum((tower(x).float() - y.float()).abs().sum() for tower in self.towers)
+
+
+def make_groups(towers, variants=VARIANTS):
+    """Parameter groups of each variant and path, in the parameters' order, by which Lightning loads whole files."""
+    groups = []
+    for i, (tower, variant) in enumerate(zip(towers, variants, strict=True)):
+        params = list(tower.parameters())
+        for j, some in enumerate((params[:1], params[1:3], params[3:])):
+            if some:
+                groups.append({"params": some, "variant": variant, **PATHS[(i + j) % len(PATHS)]})
+    return groups
+
+
+class Fit(pl.LightningModule):
+    """Towers, and an optimizer that takes all paths."""
+
+    def __init__(self, spread=None, wrap=None, variants=VARIANTS, net=Towers):
+        super().__init__()
+        self.net = net(variants)
+        self.variants, self.spread, self.wrap = variants, spread, wrap
+
+    def configure_model(self):
+        if self.spread is not None:
+            self.spread(self.net, self.device_mesh)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(*batch)
+
+    def configure_optimizers(self):
+        groups = make_groups(self.net.towers, self.variants)
+        options = ROWS_OPTIONS if isinstance(self.net, Rows) else OPTIONS
+        return Rprop(groups, **options) if self.wrap is None else self.wrap(groups, **options)
+
+
+def fully(net, mesh):
+    fully_shard(net, mesh=mesh["data_parallel"])
+
+
+def columns(net, mesh):
+    """The second layer's parameters stay plain tensors, one of them in a group with a DTensor of the first."""
+    for tower in net.towers:
+        parallelize_module(tower[0], mesh["tensor_parallel"], ColwiseParallel(output_layouts=Replicate()))
+
+
+def columns_and_rows(net, mesh):
+    for tower in net.towers:
+        plan = {"0": ColwiseParallel(use_local_output=False), "1": RowwiseParallel()}
+        parallelize_module(tower, mesh["tensor_parallel"], plan)
+
+
+def zero(groups, **options):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # here, as it warns where it is imported
+
+    return ZeroRedundancyOptimizer(groups, optimizer_class=Rprop, **options)
+
+
+class FSDPOnCPU(FSDPStrategy):
+    """FSDPStrategy with its model on the CPU, which Lightning refuses by the class's name (lightning issue 21812)."""
+
+    def _setup_model(self, model):
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def make_trainer(strategy, steps=STEPS, callbacks=(), **options):
+    devices = int(os.environ.get("WORLD_SIZE", "2"))
+    callbacks = [FullBatch(reduction="sum"), *callbacks]
+    return trainer(".", callbacks, devices=devices, strategy=strategy, max_steps=steps, max_epochs=-1, **options)
+
+
+def loader(size=8, data=whole_numbers):
+    return FullBatchLoader(data(), size, steps_per_epoch=10)
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def make(name, world, net=Towers):
+    """A strategy, the module for it, and how many samples a micro-batch has."""
+    if name in ("columns", "columns and rows"):  # all ranks have all samples, and take long
+        strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=world)
+        if name == "columns":
+            return strategy, Fit(columns, net=net), 32
+        return strategy, Fit(columns_and_rows, net=net), None
+    if name.startswith("fsdp2"):
+        full = {"save_distributed_checkpoint": name == "fsdp2"}
+        return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, **full), Fit(fully, net=net), 8
+    if name == "fsdp":
+        return FSDPOnCPU(use_orig_params=True, state_dict_type="sharded"), Fit(net=net), 8
+    return DDPStrategy(), Fit(wrap=zero if name == "zero" else None, net=net), 8
+
+
+def parameters(strategy, module):
+    if isinstance(strategy, FSDPStrategy):
+        with FullyShardedDataParallel.summon_full_params(strategy.model):
+            return {name: whole(param) for name, param in module.named_parameters()}
+    return {name: whole(param) for name, param in module.named_parameters()}
+
+
+def fit(name, world):
+    """Train to the end, leaving a checkpoint half-way."""
+    strategy, module, size = make(name, world)
+    half = ModelCheckpoint(".", f"{name}-{world}", every_n_train_steps=STEPS // 2, save_top_k=-1)
+    fitter = make_trainer(strategy, callbacks=[half], enable_checkpointing=True)
+    fitter.fit(module, loader(size))
+    optimizer = fitter.optimizers[0]
+    optimizer = getattr(optimizer, "optim", optimizer)  # inside ZeroRedundancyOptimizer
+    params = parameters(strategy, module)
+    with CommDebugMode() as counted:
+        optimizer.step(loss=0.0)
+    return {
+        "params": params,
+        "placements": {
+            (str(getattr(param, "placements", None)), str(getattr(state[key], "placements", None)))
+            for param, state in optimizer.state.items()
+            for key in ("prev", "step_size")
+        },
+        "collectives": counted.get_total_counts(),
+        "moved": [not torch.equal(params[name], param) for name, param in parameters(strategy, module).items()],
+    }
+
+
+def fit_precisely(name, world):
+    """Train in the precision that the name ends in."""
+    strategy, precision = name.split(" in ")
+    strategy, module, size = make(strategy, world, Rows)
+    how = {"precision": precision}
+    if precision == "16-mixed":  # which Lightning makes without a GPU only if it is given the plugin
+        how = {"plugins": [MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))]}
+    make_trainer(strategy, **how).fit(module, loader(size, small_numbers))
+    return parameters(strategy, module)
+
+
+def resume(name, world):
+    """Train from a checkpoint half-way to the end: ``"ddp-zero-3"`` is of zero on three ranks, in ddp."""
+    name, saved_by, saved_on = name.split("-")
+    strategy, module, size = make(name, world)
+    make_trainer(strategy).fit(module, loader(size), ckpt_path=f"{saved_by}-{saved_on}.ckpt", weights_only=True)
+    return parameters(strategy, module)
+
+
+def run(stage, world, function, names):
+    """Do it on so many ranks; each saves what it has of each name."""
+
+    def rank(number):
+        torch.save({name: function(name, world) for name in names}, f"{stage}-{world}-{number}.pt")
+
+    codes, _ = forks.wait(forks.start(world, ".", rank), limit=200)
+    if any(codes):
+        sys.exit("".join(Path(f"log-{number}").read_text()[-3000:] for number in range(world)))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for world in WORLDS:
+        run("fit", world, fit, STRATEGIES)
+    for world in WORLDS:  # from what the other numbers of ranks have saved
+        pairs = [f"{loaded}-{saved}-{n}" for loaded, saved in CHECKPOINTS for n in WORLDS if n != world]
+        run("resume", world, resume, pairs)
+    run(
+        "precise", 2, fit_precisely, [f"{name} in {precision}" for name in PRECISIONS for precision in PRECISIONS[name]]
+    )

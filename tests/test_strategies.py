@@ -1,0 +1,106 @@
+"""Lightning's strategies, in real processes (gloo): each gives the weights of one process, to the last bit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from strategy_ranks import (
+    CHECKPOINTS,
+    OPTIONS,
+    PRECISIONS,
+    ROWS_OPTIONS,
+    STEPS,
+    STRATEGIES,
+    VARIANTS,
+    WORLDS,
+    Rows,
+    Towers,
+    small_numbers,
+    whole_numbers,
+)
+from whole_set import run_ranks
+
+from lightning_rprop import Rprop
+
+
+def by_hand(net, data, options, autocast=None):
+    """Parameters after as many steps of a loop in one process, tensor by tensor, without micro-batches."""
+    groups = [
+        {"params": list(tower.parameters()), "variant": variant}
+        for tower, variant in zip(net.towers, VARIANTS, strict=True)
+    ]
+    optimizer = Rprop(groups, **options, foreach=False, fused=False)
+    seen = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            loss = net(*data)
+        loss.backward()  # of the sum, in which nothing rounds
+        optimizer.step(loss=loss)
+        seen.append({f"net.{name}": param.detach().clone() for name, param in net.named_parameters()})
+    assert not all_equal(seen[-1], seen[-2])  # it moves to the end
+    ends = {variant: seen[-1][f"net.towers.{i}.0.weight"] for i, variant in enumerate(VARIANTS)}
+    assert len({tuple(end.flatten().tolist()) for end in ends.values()}) >= 3  # the rules go ways of their own
+    return seen[-1]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return by_hand(Towers(), whole_numbers(), OPTIONS)
+
+
+def all_equal(params, others):
+    return params.keys() == others.keys() and all(torch.equal(params[name], others[name]) for name in params)
+
+
+def load(folder, stage, world):
+    return [torch.load(folder / f"{stage}-{world}-{rank}.pt") for rank in range(world)]
+
+
+def test_ranks_equal_one_process_and_go_on_anywhere(alone, tmp_path):
+    script = Path(__file__).parent / "strategy_ranks.py"
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    for world in WORLDS:
+        for seen in load(tmp_path, "fit", world):
+            assert tuple(seen) == STRATEGIES
+            for name, found in seen.items():
+                assert all_equal(found["params"], alone), (name, world)
+                assert found["collectives"] == 0, name  # in a step of the optimizer
+                assert any(found["moved"]), name  # that step was one
+                assert all(param == state for param, state in found["placements"]), name
+            assert seen["fsdp2"]["placements"] == {("(Shard(dim=0),)",) * 2}
+            assert {("None", "None"), ("(Shard(dim=0),)",) * 2} == seen["columns"]["placements"]  # mixed, in one group
+        for seen in load(tmp_path, "resume", world):
+            assert len(seen) == 2 * len(CHECKPOINTS)
+            for checkpoint, params in seen.items():
+                assert all_equal(params, alone), (checkpoint, world)
+    dtypes = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
+    autocasts = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    for precision in PRECISIONS["ddp"]:
+        dtype = dtypes.get(precision, torch.float32)
+        data = [values.to(dtype) for values in small_numbers()]
+        expected = by_hand(Rows().to(dtype), data, ROWS_OPTIONS, autocasts.get(precision))
+        for seen in load(tmp_path, "precise", 2):
+            for name, params in seen.items():
+                if name.endswith(f" in {precision}"):
+                    assert all_equal(params, expected), name
+
+
+def test_deepspeed(tmp_path):
+    run_ranks("deepspeed_ranks.py", 3, tmp_path)
+    expected = by_hand(Rows(), small_numbers(), ROWS_OPTIONS)
+    for seen in load(tmp_path, "deepspeed", 3):
+        for stage in range(4):
+            assert all_equal(seen[stage], expected), f"ZeRO {stage}"
+
+
+@pytest.mark.parametrize("strategies", [["ddp"], ["ddp_fork", "ddp_notebook", "ddp_spawn"]])
+def test_processes_that_lightning_starts(strategies, alone, tmp_path):
+    script = Path(__file__).parent / "launchers.py"
+    subprocess.run([sys.executable, script, *strategies], cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    for strategy in strategies:
+        for rank in range(2):
+            assert all_equal(torch.load(tmp_path / f"{strategy}-{rank}.pt"), alone)
