@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 def test_every_block_is_known():
     assert {language for language, _ in BLOCKS} == {"python", "bash"}
-    assert set(SNIPPETS) == {"plain.py", "fit.py", "large.py", "watch.py", "app.py", "cli.py"}
+    assert set(SNIPPETS) == {"plain.py", "fit.py", "large.py", "watch.py", "sweep.py", "app.py", "cli.py"}
     # these two install first: .ci/run runs the lines whole, test_app.py what the first of them starts
     assert SET_UP.format("examples", "python examples/train.py") in COMMANDS
     assert SET_UP.format("test", "pytest -n 2") in COMMANDS
@@ -75,11 +75,28 @@ def test_command_runs(command, folder):
         "benchmarks.full_batch": " --seconds 0.1 --only alone-small,memory",
         "examples/pinn.py": " --seconds 0.5 --points 8",
         "benchmarks.monitor": " --seconds 0.1 --only digits",
+        "benchmarks.precision": " --starts 1 --only cancer",
+        "benchmarks.traffic": " --worlds 1 --steps 3 --fits 1",
     }
+    if re.search(r"trainer=(ddp|fsdp2)( |$)", command) and " -m " not in command:  # wants GPUs: composed only
+        output = run("python examples/train.py" + command.partition("examples/train.py")[2] + " --cfg job", folder)
+        assert "accelerator: gpu" in output
+        assert ("num_nodes: 2" in output) == ("nodes=2" in command)
+        return
+    if "hydra/launcher=parallel" in command:  # composed only; test_hydra_ddp.py runs joblib's launcher
+        assert "n_jobs: 2" in run(command.replace(" -m ", " --cfg all ").replace("0.01,0.1", "0.01"), folder)
+        return
+    if "hydra/launcher=slurm" in command:  # there is no sbatch here: composed only; test_hydra_ddp.py makes its script
+        output = run(command.replace(" -m ", " --cfg all ").replace("0.01,0.1", "0.01"), folder)
+        assert "SlurmLauncher" in output
+        assert "partition: gpu" in output
+        return
     output = run(command + next((b for name, b in budgets.items() if name in command), ""), folder)
     if "watch.py" in command:
         assert output.strip().endswith("step_sizes.png")
         assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("watch.png", "step_sizes.png"))
+    elif "sweep.py" in command:
+        assert [line for line in output.splitlines() if line.endswith("done")] == ["1 epochs done", "2 epochs done"]
     elif "app.py" in command:
         assert "lr: 0.05" in output or "lr: 0.1" in output
     elif "help" in command:
@@ -87,6 +104,12 @@ def test_command_runs(command, folder):
         assert "initial step size" in output.lower()
     elif "pinn" in command:
         assert "picture pinn.png" in output
+    elif "fabric" in command:
+        assert float(re.search(r"^step 300, loss (\S+)$", output, flags=re.MULTILINE)[1]) < 2e-3  # it reaches 1e-4
+    elif "benchmarks.precision" in command:
+        assert "| breast cancer, 30-16-2 network |" in output
+    elif "benchmarks.traffic" in command:
+        assert "| ResNet-50's" in output
     elif "examples" in command:
         assert "checkpoint" in output
     elif "benchmarks.step" in command:
