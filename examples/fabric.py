@@ -1,8 +1,6 @@
-"""Full-batch Rprop in a loop of Fabric's: the exact gradient and loss of all samples, on any number of devices.
+"""Full-batch Rprop in a loop of Fabric's, on any number of devices: the gradient and loss of all samples, exactly."""
 
-python examples/fabric.py, or: fabric run --accelerator=cpu --devices=2 examples/fabric.py
-"""
-
+# python examples/fabric.py, or: fabric run --accelerator=cpu --devices=2 examples/fabric.py
 import torch
 from lightning.fabric import Fabric
 
@@ -38,3 +36,5 @@ if __name__ == "__main__":
     x = torch.linspace(-3, 3, 203).unsqueeze(1)
     net = torch.nn.Sequential(torch.nn.Linear(1, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1))
     fit(Fabric(), net, Rprop(net.parameters(), variant="irprop+"), FullBatchLoader((x, x.sin()), 50), steps=300)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else torch may abort at the very end (torch issue 190489)

@@ -32,13 +32,13 @@ def wait_until_ready(children: Sequence[subprocess.Popen[bytes]], first_rank: in
     """
     while True:
         ready = len(list(folder.glob("*.ready"))) >= len(children)
-        check(children, first_rank, early=True)
+        check(children, first_rank, folder, early=True)
         if ready:
             return
         time.sleep(_POLL)
 
 
-def wait(children: Sequence[subprocess.Popen[bytes]], first_rank: int) -> None:
+def wait(children: Sequence[subprocess.Popen[bytes]], first_rank: int, folder: Path) -> None:
     """Wait until all ranks have ended.
 
     Raises:
@@ -46,14 +46,14 @@ def wait(children: Sequence[subprocess.Popen[bytes]], first_rank: int) -> None:
     """
     connected_until = time.monotonic() + _TO_NOTICE
     while any(child.poll() is None for child in children):
-        check(children, first_rank)
+        check(children, first_rank, folder)
         if time.monotonic() > connected_until:
             leave_process_group()  # a rank that waits for this one in a collective gets an error by that
         time.sleep(_POLL)
-    check(children, first_rank)
+    check(children, first_rank, folder)
 
 
-def check(children: Sequence[subprocess.Popen[bytes]], first_rank: int, early: bool = False) -> None:
+def check(children: Sequence[subprocess.Popen[bytes]], first_rank: int, folder: Path, early: bool = False) -> None:
     """Raise an error if a rank has failed, or, with ``early``, if it has ended at all.
 
     Raises:
@@ -62,7 +62,7 @@ def check(children: Sequence[subprocess.Popen[bytes]], first_rank: int, early: b
     failed = [
         f"rank {first_rank + number} {_end(child.returncode)}"
         for number, child in enumerate(children, start=1)
-        if child.poll() is not None and (early or child.returncode)
+        if child.poll() is not None and (early or (child.returncode and not (folder / f"rank-{number}.done").exists()))
     ]
     if failed:
         message = f"This job failed, as {' and '.join(failed)}. What a rank has to say is in the output above."

@@ -101,6 +101,7 @@ def _as_started_rank(rank: StartedRank, trainer: pl.Trainer) -> Iterator[None]:
     except Exception:
         traceback.print_exc()
         raise SystemExit(1) from None  # whatever the app makes of errors: this rank has failed
+    leave_process_group()  # with one, torch may abort the process at its very end (torch issue 190489)
 
 
 @contextmanager
@@ -128,13 +129,13 @@ def _as_first_rank(job: RunningJob, trainer: pl.Trainer) -> Iterator[None]:
         try:
             with lightning_private.start_ranks_by(trainer, start, watch):
                 yield
-            wait(lightning_private.children(trainer), trainer.global_rank)
+            wait(lightning_private.children(trainer), trainer.global_rank, folder)
         except BaseException as error:
             children = lightning_private.children(trainer)
             try:
                 if isinstance(error, RuntimeError) and not isinstance(error, RankFailedError):
                     some_end(children)
-                    check(children, trainer.global_rank, early=True)
+                    check(children, trainer.global_rank, folder, early=True)
             finally:
                 stop(children, at_once=not isinstance(error, Exception))
             raise

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -36,6 +37,7 @@ class _Handover:
     resolved: DictConfig  # empty: OmegaConf carries what ${now:...} has become beside the values
     local_rank: int
     ready: Path
+    done: Path
     parent: int
 
 
@@ -75,7 +77,8 @@ def _handover(job: RunningJob, local_rank: int, folder: Path) -> _Handover:
         OmegaConf.to_container(job.task_cfg, resolve=True)
     resolved = OmegaConf.create()
     OmegaConf.copy_cache(from_config=job.task_cfg, to_config=resolved)
-    return _Handover(node, task, resolved, local_rank, folder / f"rank-{local_rank}.ready", os.getpid())
+    ready, done = (folder / f"rank-{local_rank}.{word}" for word in ("ready", "done"))
+    return _Handover(node, task, resolved, local_rank, ready, done, os.getpid())
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -127,6 +130,15 @@ class RankCallback(Callback):
             config.hydra.callbacks = sent.hydra["callbacks"]
         OmegaConf.copy_cache(from_config=sent.resolved, to_config=config)
         _started = StartedRank(sent.local_rank, sent.ready)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Let the first process know that the job is done here: how this process ends is no part of it.
+
+        Where something still holds a process group, torch may abort (torch issue 190489).
+        """
+        if job_return.status is JobStatus.COMPLETED:
+            with suppress(OSError):  # the first process has left already
+                self._handover.done.touch()
 
 
 def _end_with(parent: int) -> None:
