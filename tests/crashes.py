@@ -14,7 +14,7 @@ import forks
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from strategy_ranks import Fit, fully, loader, make_trainer, parameters
+from strategy_ranks import Begin, Fit, fully, loader, make_trainer, parameters
 
 from lightning_rprop import StepSizeMonitor
 
@@ -31,13 +31,6 @@ class AtStep(Callback):
     def on_train_batch_start(self, trainer, *args):
         if trainer.global_step == self.step:
             os.write(self.pipe, b".")
-
-
-class From(Callback):
-    """Write down at which step a run begins."""
-
-    def on_train_start(self, trainer, *args):
-        Path(f"from-{trainer.global_rank}").write_text(str(trainer.global_step))
 
 
 class WhileSaving(Callback):
@@ -77,10 +70,12 @@ def run_rank(strategy, callbacks=()):
     else:
         module = Fit(variants=VARIANTS)
     sharded = not isinstance(strategy, str)
-    callbacks = [StepSizeMonitor(silence=["no_logger"]), checkpoints(sharded), From(), *callbacks]
+    begin = Begin()
+    callbacks = [StepSizeMonitor(silence=["no_logger"]), checkpoints(sharded), begin, *callbacks]
     trainer = make_trainer(strategy, STEPS, callbacks, enable_checkpointing=True)
     trainer.fit(module, loader(20), ckpt_path="last", weights_only=True)
-    torch.save(parameters(trainer.strategy, module), f"end-{trainer.global_rank}.pt")
+    end = {"params": parameters(trainer.strategy, module), "from": begin.step}
+    torch.save(end, f"end-{trainer.global_rank}.pt")
 
 
 def start(world, strategy, folder, callbacks=lambda rank: ()):
@@ -108,9 +103,9 @@ def crash(world, strategy, folder, victim, step=None, delay=0.0, access=None):
         "codes": codes,
         "seconds": seconds,
         "step": step,
-        "from": [int((folder / f"from-{rank}").read_text()) for rank in range(world)],
+        "from": [end["from"] for end in ends],
         "again": again,
-        "equal": [same(end) for end in ends],
+        "equal": [same(end["params"]) for end in ends],
     }
 
 
@@ -120,7 +115,7 @@ if __name__ == "__main__":
     strategy = {"saving": "auto", "rank": "ddp"}.get(kind, "fsdp2")
     os.environ["WORLD_SIZE"] = "1"
     run_rank("auto")  # one process, undisturbed; and all is imported that the others need
-    truth = torch.load("end-0.pt")
+    truth = torch.load("end-0.pt")["params"]
 
     def same(end):
         return end.keys() == truth.keys() and all(torch.equal(end[name], truth[name]) for name in truth)

@@ -1,12 +1,13 @@
-"""What one rank does in test_strategies.py under DeepSpeed itself, as Lightning has it for GPUs only."""
+"""Fits under DeepSpeed itself, as Lightning has it for GPUs only, on one to three ranks; for test_strategies.py."""
 
 from __future__ import annotations
 
 import importlib
 import os
 
+import forks
 import torch
-from strategy_ranks import ROWS_OPTIONS, STEPS, Rows, make_groups, small_numbers
+from strategy_ranks import ROWS_OPTIONS, SAMPLES, STEPS, WORLDS, Rows, make_groups, small_numbers
 
 from lightning_rprop import FullBatchLoader, Rprop
 
@@ -24,7 +25,7 @@ def fit(stage, rank, world):
         "zero_optimization": {"stage": stage},
     }
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
-    loader = FullBatchLoader(small_numbers(), 8)
+    loader = FullBatchLoader(small_numbers(SAMPLES), 8)
     loader.share(rank, world)
     loss = torch.zeros(())
     optimizer.register_step_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "loss": loss}))
@@ -43,12 +44,18 @@ def fit(stage, rank, world):
         return {f"net.{name}": param.detach().clone() for name, param in net.named_parameters()}
 
 
+def fits(rank):
+    """Train in all four stages."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    world = torch.distributed.get_world_size()
+    torch.save({stage: fit(stage, rank, world) for stage in range(4)}, f"deepspeed-{world}-{rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # it would be compiled for a minute
-    deepspeed.init_distributed("gloo", verbose=False)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.save({stage: fit(stage, rank, world) for stage in range(4)}, f"deepspeed-{world}-{rank}.pt")
+    for world in WORLDS:
+        forks.run(world, fits)

@@ -1,11 +1,10 @@
-"""What one rank does in test_agreement.py: it tries to fit what differs between the ranks, and prints the errors."""
+"""Tries to fit what differs between three ranks, which save the errors; for test_agreement.py."""
 
 from __future__ import annotations
 
-import json
-import os
 from unittest import mock
 
+import forks
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
@@ -15,7 +14,7 @@ from whole_set import Regression, make_data
 
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop, StepSizeMonitor
 
-RANK = int(os.environ.get("RANK", "0"))  # no rank where the tests are only collected
+WORLD = 3
 
 
 class Layers(Regression):
@@ -29,19 +28,19 @@ def two_groups(params, **options):
 
 
 CASES = {
-    "same": lambda: Layers(Rprop),
-    "lr": lambda: Layers(lambda params: Rprop(params, lr=(1 + RANK) / 10)),
-    "variant": lambda: Layers(lambda params: Rprop(params, variant="irprop+" if RANK == 2 else "irprop-")),
-    "group": lambda: Layers(lambda params: two_groups(params, etas=(0.5, 1.2 if RANK == 0 else 1.5))),
-    "width": lambda: Layers(Rprop, width=8 + RANK),
-    "bias": lambda: Layers(Rprop, bias=RANK != 1),
-    "path": lambda: Layers(lambda params: Rprop(params, fused=RANK == 1, lr=torch.tensor(0.1))),
-    "adam": lambda: Layers(lambda params: torch.optim.Adam(params, lr=(1 + RANK) / 10)),
-    "parameters": lambda: Layers(lambda params: Rprop([*params][RANK == 1 :])),
+    "same": lambda rank: Layers(Rprop),
+    "lr": lambda rank: Layers(lambda params: Rprop(params, lr=(1 + rank) / 10)),
+    "variant": lambda rank: Layers(lambda params: Rprop(params, variant="irprop+" if rank == 2 else "irprop-")),
+    "group": lambda rank: Layers(lambda params: two_groups(params, etas=(0.5, 1.2 if rank == 0 else 1.5))),
+    "width": lambda rank: Layers(Rprop, width=8 + rank),
+    "bias": lambda rank: Layers(Rprop, bias=rank != 1),
+    "path": lambda rank: Layers(lambda params: Rprop(params, fused=rank == 1, lr=torch.tensor(0.1))),
+    "adam": lambda rank: Layers(lambda params: torch.optim.Adam(params, lr=(1 + rank) / 10)),
+    "parameters": lambda rank: Layers(lambda params: Rprop([*params][rank == 1 :])),
 }
 
 
-def fit(name, callbacks):
+def fit(name, rank, callbacks):
     """The error, and how many numbers the collectives took that were to find it."""
     calls = []
     original = dist.all_reduce
@@ -51,16 +50,22 @@ def fit(name, callbacks):
         return original(tensor, *args, **kwargs)
 
     with mock.patch.object(dist, "all_reduce", all_reduce):
-        fitter = trainer(".", callbacks, strategy=DDPStrategy(), devices=int(os.environ["WORLD_SIZE"]), max_steps=2)
+        fitter = trainer(".", callbacks, strategy=DDPStrategy(), devices=WORLD, max_steps=2)
         try:
-            fitter.fit(CASES[name](), FullBatchLoader(make_data(30)))
+            fitter.fit(CASES[name](rank), FullBatchLoader(make_data(30)))
         except ValueError as error:
             return {"error": str(error), "collectives": calls}
     return {"error": None, "collectives": calls}
 
 
+def fits(rank):
+    """Try all cases."""
+    both = [FullBatch(), StepSizeMonitor()]
+    seen = {name: fit(name, rank, both if name == "same" else [FullBatch()]) for name in CASES}
+    seen["monitor alone"] = fit("lr", rank, [StepSizeMonitor()])
+    torch.save(seen, f"seen-{rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    seen = {name: fit(name, [FullBatch(), StepSizeMonitor()] if name == "same" else [FullBatch()]) for name in CASES}
-    seen["monitor alone"] = fit("lr", [StepSizeMonitor()])
-    print("seen", json.dumps(seen))
+    forks.run(WORLD, fits)

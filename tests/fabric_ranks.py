@@ -1,29 +1,24 @@
-"""What one rank does in test_examples.py: it trains with the loop of examples/fabric.py, and saves what came out."""
+"""Trains with the loop of examples/fabric.py on one and two ranks, which save what came out; for test_examples.py."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
+import forks
 import torch
 from lightning.fabric import Fabric
-from whole_set import make_data
+from whole_set import make_data, whole_numbers
 
 from lightning_rprop import FullBatchLoader, Rprop
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from fabric import fit
 
+WORLDS = (1, 2)
 STEPS = 60
 SIZE = 8
-
-
-def dyadic():
-    """Samples in float64, of which all sums are exact: as many as a power of two, by which the mean divides them."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randint(-4, 5, (64, 5), generator=generator).double()
-    return x, torch.randint(-40, 41, (64, 1), generator=generator).double()
+SAMPLES = 64  # a power of two, by which the mean divides sums exactly
 
 
 def ragged():
@@ -43,16 +38,22 @@ def optimizer(params):
     return Rprop(params, lr=0.25, etas=(0.5, 2.0), step_sizes=(2**-10, 4.0), variant="irprop+")
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    fabric = Fabric(accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="ddp")
+def fits(rank, world):
+    """Train half-way, from there to the end, and as a whole."""
+    fabric = Fabric(accelerator="cpu", devices=world, strategy="ddp")
     fabric.launch()
     seen = {}
     for name, steps, resume in (("half", STEPS // 2, None), ("resumed", STEPS, "fabric.ckpt"), ("whole", STEPS, None)):
         net = network()
-        fit(fabric, net, optimizer(net.parameters()), FullBatchLoader(dyadic(), SIZE), steps, resume)
+        fit(fabric, net, optimizer(net.parameters()), FullBatchLoader(whole_numbers(SAMPLES), SIZE), steps, resume)
         seen[name] = [p.detach() for p in net.parameters()]
     net = network()
     fit(fabric, net, optimizer(net.parameters()), FullBatchLoader(ragged(), SIZE), 0)
     seen["gradient"] = [p.grad for p in net.parameters()]  # of the loss that it tells at the end
-    torch.save(seen, f"{fabric.world_size}-{fabric.global_rank}.pt")
+    torch.save(seen, f"{world}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for world in WORLDS:
+        forks.run(world, lambda rank, world=world: fits(rank, world))

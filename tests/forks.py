@@ -1,6 +1,7 @@
 """Ranks that are forked from a process that has imported everything already: dozens of runs in seconds.
 
-The process must not have used torch's threads, which do not survive a fork.
+The process must not have used torch's threads, which do not survive a fork. What a rank says goes into a file: a pipe
+that nobody reads yet would fill, and the rank, and with it all others, would stand still.
 """
 
 from __future__ import annotations
@@ -11,6 +12,14 @@ import socket
 import sys
 import time
 import traceback
+from pathlib import Path
+
+
+def run(world, function, limit=200):
+    """Call the function with its rank on so many ranks, in this folder; end with their logs if one of them fails."""
+    codes, _ = wait(start(world, ".", function), limit)
+    if any(codes):
+        sys.exit("\n".join(f"{code}: {Path(f'log-{rank}').read_text()[-3000:]}" for rank, code in enumerate(codes)))
 
 
 def start(world, folder, function):

@@ -1,19 +1,22 @@
-"""What one rank does in test_full_batch_ranks.py: it fits in all cases and saves what it saw."""
+"""Fits in all cases on one, two and three ranks, which save what they saw; for test_full_batch_ranks.py."""
 
 from __future__ import annotations
 
 import os
-import sys
 
+import forks
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lit import trainer
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader, TensorDataset
-from whole_set import Regression, make_data
+from whole_set import Regression, make_data, whole_numbers
 
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
+
+WORLDS = (1, 2, 3)
+SAMPLES = 96  # of whole numbers
 
 
 class CountReductions(pl.Callback):
@@ -100,7 +103,7 @@ def cases(world):
     yield "log of few", fit(few, 2, plus, on_step=True, on_epoch=True, sync_dist=True)
     yield "max_iter", fit(loader, 3, lambda params: Rprop(params, max_iter=4))
     yield "LBFGS", fit(loader, 2, lambda params: torch.optim.LBFGS(params, max_iter=3))
-    yield "dyadic", dyadic_run()
+    yield "whole numbers", fit_whole_numbers()
     try:
         fit(FullBatchLoader(make_data(10 + rank)), 1, plus)
     except ValueError as error:
@@ -117,17 +120,11 @@ class OwnBatches:
         return iter(self.batches)
 
 
-def dyadic(n=96):
-    """Small whole numbers, so that all sums of gradients are exact in float64."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randint(-4, 5, (n, 5), generator=generator).double()
-    return x, torch.randint(-40, 41, (n, 1), generator=generator).double()
-
-
 class Absolute(Regression):
     """A linear model with the absolute error, whose gradients are sums of inputs."""
 
     def __init__(self, make):
+        torch.manual_seed(0)
         super().__init__(make, net=torch.nn.Linear(5, 1).double())
 
     def training_step(self, batch, batch_idx):
@@ -143,16 +140,16 @@ def halving(params):
     return Rprop(params, lr=0.25, etas=(0.5, 2.0), step_sizes=(2**-20, 4.0))
 
 
-def dyadic_run(size=7):
+def fit_whole_numbers(size=7):
     module = Absolute(halving)
     fitter = trainer(
         ".", [FullBatch()], devices=int(os.environ["WORLD_SIZE"]), strategy=DDPStrategy(), max_steps=500, max_epochs=-1
     )
-    fitter.fit(module, FullBatchLoader(dyadic(), size, steps_per_epoch=100))
+    fitter.fit(module, FullBatchLoader(whole_numbers(SAMPLES), size, steps_per_epoch=100))
     return {"parameters": [p.detach() for p in module.parameters()]}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    world = int(os.environ["WORLD_SIZE"])
-    torch.save(dict(cases(world)), f"{sys.argv[1]}/{world}-{os.environ['RANK']}.pt")
+    for world in WORLDS:
+        forks.run(world, lambda rank, world=world: torch.save(dict(cases(world)), f"{world}-{rank}.pt"))

@@ -1,12 +1,12 @@
-"""What one rank does in test_monitor_ranks.py: it fits under several strategies and saves what it saw."""
+"""Fits under several strategies on one, two and three ranks, which save what they saw; for test_monitor_ranks.py."""
 
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import contextmanager
 from unittest import mock
 
+import forks
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_rprop import Rprop, StepSizeMonitor
 
+WORLDS = (1, 2, 3)
 STEPS = 6
 WIDTHS = (3, 7, 1)  # of which no rank has as much as another
 ALL = ("mean", "min", "max", "median", "q10", "std_log10", "at_lower_bound", "at_upper_bound", "lower_bound")
@@ -96,9 +97,8 @@ def fit(strategy, make=plain, spread=None, **options):
     return {"records": log.records(), "metrics": metrics, "gathered": calls, "plot": monitor._history.series()}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    world = int(os.environ["WORLD_SIZE"])
+def fits(rank, world):
+    """Fit under all strategies that the number of ranks has."""
     seen = {"ddp": fit(DDPStrategy())}
     if world > 1:
         seen["zero"] = fit(DDPStrategy(), zero)
@@ -106,4 +106,10 @@ if __name__ == "__main__":
         for way, spread in (("columns", columns), ("columns and rows", columns_and_rows)):
             strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=world)
             seen[way] = fit(strategy, spread=spread)
-    torch.save(seen, f"{sys.argv[1]}/{world}-{os.environ['RANK']}.pt")
+    torch.save(seen, f"{world}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for world in WORLDS:
+        forks.run(world, lambda rank, world=world: fits(rank, world))

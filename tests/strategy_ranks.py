@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import forks
 import lightning.pytorch as pl
@@ -18,10 +16,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from whole_set import whole_numbers
 
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
 STEPS = 50
+SAVED_AT = 27  # in the middle of an epoch, where iRprop+ is about to compare losses
+SAMPLES = 50
 STRATEGIES = ("ddp", "zero", "fsdp", "fsdp2", "fsdp2 full", "columns", "columns and rows")
 # by which a checkpoint is loaded and was saved; "fsdp" and "fsdp2" are sharded ones
 CHECKPOINTS = (
@@ -51,15 +52,8 @@ OPTIONS = {"lr": 0.25, "etas": (0.5, 2.0), "step_sizes": (2**-10, 4.0)}
 ROWS_OPTIONS = OPTIONS | {"step_sizes": (0.25, 1.0)}
 
 
-def whole_numbers(n=50):
-    """Data of which all sums are exact in float64, whoever adds them up."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randint(-4, 5, (n, 5), generator=generator).double()
-    return x, torch.randint(-40, 41, (n, 1), generator=generator).double()
-
-
-def small_numbers(n=50):
-    """The same for outputs and gradients in bfloat16, which has eight bits."""
+def small_numbers(n):
+    """Whole numbers whose outputs and gradients are exact in bfloat16, which has eight bits."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randint(-1, 2, (n, 5), generator=generator).float()
     return x, torch.randint(-9, 10, (n, 1), generator=generator).float()
@@ -168,7 +162,7 @@ def make_trainer(strategy, steps=STEPS, callbacks=(), **options):
 
 
 def loader(size=8, data=whole_numbers):
-    return FullBatchLoader(data(), size, steps_per_epoch=10)
+    return FullBatchLoader(data(SAMPLES), size, steps_per_epoch=10)
 
 
 def whole(tensor):
@@ -198,11 +192,18 @@ def parameters(strategy, module):
     return {name: whole(param) for name, param in module.named_parameters()}
 
 
+class Begin(pl.Callback):
+    """Notes at which step a run begins."""
+
+    def on_train_start(self, trainer, *args):
+        self.step = trainer.global_step
+
+
 def fit(name, world):
-    """Train to the end, leaving a checkpoint half-way."""
+    """Train to the end, leaving a checkpoint on the way."""
     strategy, module, size = make(name, world)
-    half = ModelCheckpoint(".", f"{name}-{world}", every_n_train_steps=STEPS // 2, save_top_k=-1)
-    fitter = make_trainer(strategy, callbacks=[half], enable_checkpointing=True)
+    saved = ModelCheckpoint(".", f"{name}-{world}", every_n_train_steps=SAVED_AT)
+    fitter = make_trainer(strategy, callbacks=[saved], enable_checkpointing=True)
     fitter.fit(module, loader(size))
     optimizer = fitter.optimizers[0]
     optimizer = getattr(optimizer, "optim", optimizer)  # inside ZeroRedundancyOptimizer
@@ -233,22 +234,19 @@ def fit_precisely(name, world):
 
 
 def resume(name, world):
-    """Train from a checkpoint half-way to the end: ``"ddp-zero-3"`` is of zero on three ranks, in ddp."""
+    """Train from a checkpoint on to the end: ``"ddp-zero-3"`` is of zero on three ranks, in ddp."""
     name, saved_by, saved_on = name.split("-")
     strategy, module, size = make(name, world)
-    make_trainer(strategy).fit(module, loader(size), ckpt_path=f"{saved_by}-{saved_on}.ckpt", weights_only=True)
-    return parameters(strategy, module)
+    begin = Begin()
+    fitter = make_trainer(strategy, callbacks=[begin])
+    fitter.fit(module, loader(size), ckpt_path=f"{saved_by}-{saved_on}.ckpt", weights_only=True)
+    return {"params": parameters(strategy, module), "from": begin.step}
 
 
 def run(stage, world, function, names):
     """Do it on so many ranks; each saves what it has of each name."""
-
-    def rank(number):
-        torch.save({name: function(name, world) for name in names}, f"{stage}-{world}-{number}.pt")
-
-    codes, _ = forks.wait(forks.start(world, ".", rank), limit=200)
-    if any(codes):
-        sys.exit("".join(Path(f"log-{number}").read_text()[-3000:] for number in range(world)))
+    save = lambda rank: torch.save({name: function(name, world) for name in names}, f"{stage}-{world}-{rank}.pt")  # noqa: E731
+    forks.run(world, save)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Ranks that are set up differently end with an error, in real processes (gloo)."""
 
-import json
+from pathlib import Path
 
-from whole_set import run_ranks
+import torch
+from disagreement_ranks import WORLD
+from programs import run
 
 DIFFERENCES = {
     "same": None,
@@ -19,8 +21,9 @@ DIFFERENCES = {
 
 
 def test_error_names_ranks_and_values_on_all_ranks_after_one_small_collective(tmp_path):
-    for output in run_ranks("disagreement_ranks.py", 3, tmp_path):
-        seen = json.loads(output.split("seen ")[-1])
+    run(tmp_path, Path(__file__).parent / "disagreement_ranks.py")
+    for rank in range(WORLD):
+        seen = torch.load(tmp_path / f"seen-{rank}.pt")
         assert seen.keys() == DIFFERENCES.keys()
         for case, words in DIFFERENCES.items():
             error = seen[case]["error"]

@@ -1,11 +1,10 @@
 """Runs killed with SIGKILL, twenty times, at as many moments: the other ranks end, and a second start goes on."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import run
 
 
 @pytest.mark.parametrize(
@@ -17,10 +16,8 @@ import pytest
     ],
 )
 def test_what_is_killed_goes_on_bit_for_bit(kind, world, times, tmp_path):
-    command = [sys.executable, Path(__file__).parent / "crashes.py", kind, str(times), str(world)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    crashes = [json.loads(line.removeprefix("seen ")) for line in done.stdout.splitlines() if line.startswith("seen ")]
+    output = run(tmp_path, Path(__file__).parent / "crashes.py", kind, times, world, timeout=400)
+    crashes = [json.loads(line.removeprefix("seen ")) for line in output.splitlines() if line.startswith("seen ")]
     assert len(crashes) == times
     for i, crash in enumerate(crashes):
         victim = i % world

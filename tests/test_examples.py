@@ -2,26 +2,19 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import fabric_ranks
 import pytest
 import torch
 from lit import all_equal, trainer
+from programs import run
 from twin import twin
-from whole_set import Regression, exact, relative_error, run_ranks
+from whole_set import Regression, exact, relative_error, whole_numbers
 
 from lightning_rprop import FullBatch, FullBatchLoader
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(folder, *command, fails=False):
-    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stderr if fails else done.stdout
 
 
 @pytest.fixture
@@ -196,15 +189,15 @@ def test_pinn_learns_the_solution_and_leaves_its_picture(tmp_path):
 def test_fabric_on_any_number_of_ranks_equals_the_trainer(tmp_path):
     """To the last bit, as nothing rounds; across a checkpoint too."""
     module = Regression(fabric_ranks.optimizer, net=fabric_ranks.network())
-    loader = FullBatchLoader(fabric_ranks.dyadic(), fabric_ranks.SIZE, steps_per_epoch=fabric_ranks.STEPS)
+    loader = FullBatchLoader(whole_numbers(fabric_ranks.SAMPLES), fabric_ranks.SIZE, steps_per_epoch=fabric_ranks.STEPS)
     trainer(tmp_path, [FullBatch()], max_epochs=1).fit(module, loader)
     _, gradient = exact(fabric_ranks.network(), fabric_ranks.ragged())
-    for world in (1, 2):
-        run_ranks("fabric_ranks.py", world, tmp_path)
+    run(tmp_path, fabric_ranks.__file__)
+    for world in fabric_ranks.WORLDS:
         for rank in range(world):
             seen = torch.load(tmp_path / f"{world}-{rank}.pt")
             assert all_equal(seen["whole"], module.net.parameters()), (world, rank)
             assert all_equal(seen["resumed"], seen["whole"]), (world, rank)
             assert not all_equal(seen["half"], seen["whole"]), (world, rank)
-            # float64's rounding, where the dyadic ones and the signs would forgive a wrong weight
+            # float64's rounding, where whole numbers and the signs would forgive a wrong weight
             assert relative_error(seen["gradient"], gradient) < 1e-14, (world, rank)

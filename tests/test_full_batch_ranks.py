@@ -1,21 +1,27 @@
 """Full batches on 1, 2 and 3 ranks: real gloo processes, the exact gradient, one all-reduce a step."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from full_batch_ranks import Absolute, dyadic, halving
+from full_batch_ranks import SAMPLES, WORLDS, Absolute, halving
 from lit import all_equal
-from whole_set import Regression, exact, make_data, relative_error, run_ranks
+from programs import run
+from whole_set import Regression, exact, make_data, relative_error, whole_numbers
 
-WORLDS = (1, 2, 3)
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What all ranks have saved."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run(folder, Path(__file__).parent / "full_batch_ranks.py")
+    return folder
 
 
-@pytest.fixture(scope="module", params=WORLDS)
-def ranks(request, tmp_path_factory):
+@pytest.fixture(params=WORLDS)
+def ranks(request, folder):
     """What each rank of a world saw in each case."""
-    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    run_ranks("full_batch_ranks.py", request.param, folder, folder)
     return [torch.load(folder / f"{request.param}-{rank}.pt") for rank in range(request.param)]
 
 
@@ -31,7 +37,7 @@ def samples(case):
 
 def test_gradient_and_loss_are_those_of_all_samples(ranks):
     for case in fits(ranks):
-        if case == "dyadic":
+        if case == "whole numbers":
             continue
         loss, gradient = exact(Regression().net, samples(case))
         for rank in ranks:
@@ -48,7 +54,7 @@ def test_all_ranks_have_the_same_loss_and_parameters(ranks):
 
 
 def test_one_reduction_of_gradients_a_step(ranks):
-    evaluations = {"LBFGS": None, "dyadic": None, "max_iter": 12, "log": 2, "log of few": 2}
+    evaluations = {"LBFGS": None, "whole numbers": None, "max_iter": 12, "log": 2, "log of few": 2}
     for case in fits(ranks):
         expected = evaluations.get(case, 3)
         if expected is not None:
@@ -91,7 +97,7 @@ def test_different_data_on_the_ranks_are_refused_on_all_of_them(ranks):
 
 def test_500_steps_equal_a_loop_by_hand_where_all_sums_are_exact(ranks):
     module = Absolute(halving)
-    x, y = dyadic()
+    x, y = whole_numbers(SAMPLES)
     optimizer = module.configure_optimizers()
     start = copy.deepcopy(list(module.parameters()))
     for _ in range(500):
@@ -100,4 +106,4 @@ def test_500_steps_equal_a_loop_by_hand_where_all_sums_are_exact(ranks):
         optimizer.step()
     assert not all_equal(start, module.parameters())
     for rank in ranks:
-        assert all_equal(rank["dyadic"]["parameters"], module.parameters())
+        assert all_equal(rank["whole numbers"]["parameters"], module.parameters())

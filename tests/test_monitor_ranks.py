@@ -1,8 +1,11 @@
 """StepSizeMonitor on several ranks, in real gloo processes: what is logged is of the whole, once."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from whole_set import run_ranks
+from monitor_ranks import WORLDS
+from programs import run
 
 WAYS = ("ddp", "zero", "fsdp2", "columns", "columns and rows")
 
@@ -11,11 +14,10 @@ WAYS = ("ddp", "zero", "fsdp2", "columns", "columns and rows")
 def seen(tmp_path_factory):
     """What each rank of one, two and three saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    for world in (1, 2, 3):
-        run_ranks("monitor_ranks.py", world, folder, folder)
+    run(folder, Path(__file__).parent / "monitor_ranks.py")
     return {
         (world, rank): torch.load(folder / f"{world}-{rank}.pt", weights_only=False)
-        for world in (1, 2, 3)
+        for world in WORLDS
         for rank in range(world)
     }
 

@@ -1,16 +1,17 @@
 """Lightning's strategies, in real processes (gloo): each gives the weights of one process, to the last bit."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run
 from strategy_ranks import (
     CHECKPOINTS,
     OPTIONS,
     PRECISIONS,
     ROWS_OPTIONS,
+    SAMPLES,
+    SAVED_AT,
     STEPS,
     STRATEGIES,
     VARIANTS,
@@ -18,11 +19,12 @@ from strategy_ranks import (
     Rows,
     Towers,
     small_numbers,
-    whole_numbers,
 )
-from whole_set import run_ranks
+from whole_set import whole_numbers
 
 from lightning_rprop import Rprop
+
+TESTS = Path(__file__).parent
 
 
 def by_hand(net, data, options, autocast=None):
@@ -48,7 +50,7 @@ def by_hand(net, data, options, autocast=None):
 
 @pytest.fixture(scope="module")
 def alone():
-    return by_hand(Towers(), whole_numbers(), OPTIONS)
+    return by_hand(Towers(), whole_numbers(SAMPLES), OPTIONS)
 
 
 def all_equal(params, others):
@@ -60,9 +62,7 @@ def load(folder, stage, world):
 
 
 def test_ranks_equal_one_process_and_go_on_anywhere(alone, tmp_path):
-    script = Path(__file__).parent / "strategy_ranks.py"
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, TESTS / "strategy_ranks.py", timeout=500)
     for world in WORLDS:
         for seen in load(tmp_path, "fit", world):
             assert tuple(seen) == STRATEGIES
@@ -75,13 +75,14 @@ def test_ranks_equal_one_process_and_go_on_anywhere(alone, tmp_path):
             assert {("None", "None"), ("(Shard(dim=0),)",) * 2} == seen["columns"]["placements"]  # mixed, in one group
         for seen in load(tmp_path, "resume", world):
             assert len(seen) == 2 * len(CHECKPOINTS)
-            for checkpoint, params in seen.items():
-                assert all_equal(params, alone), (checkpoint, world)
+            for checkpoint, found in seen.items():
+                assert found["from"] == SAVED_AT, (checkpoint, world)
+                assert all_equal(found["params"], alone), (checkpoint, world)
     dtypes = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
     autocasts = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     for precision in PRECISIONS["ddp"]:
         dtype = dtypes.get(precision, torch.float32)
-        data = [values.to(dtype) for values in small_numbers()]
+        data = [values.to(dtype) for values in small_numbers(SAMPLES)]
         expected = by_hand(Rows().to(dtype), data, ROWS_OPTIONS, autocasts.get(precision))
         for seen in load(tmp_path, "precise", 2):
             for name, params in seen.items():
@@ -90,17 +91,17 @@ def test_ranks_equal_one_process_and_go_on_anywhere(alone, tmp_path):
 
 
 def test_deepspeed(tmp_path):
-    run_ranks("deepspeed_ranks.py", 3, tmp_path)
-    expected = by_hand(Rows(), small_numbers(), ROWS_OPTIONS)
-    for seen in load(tmp_path, "deepspeed", 3):
-        for stage in range(4):
-            assert all_equal(seen[stage], expected), f"ZeRO {stage}"
+    run(tmp_path, TESTS / "deepspeed_ranks.py")
+    expected = by_hand(Rows(), small_numbers(SAMPLES), ROWS_OPTIONS)
+    for world in WORLDS:
+        for seen in load(tmp_path, "deepspeed", world):
+            for stage in range(4):
+                assert all_equal(seen[stage], expected), (f"ZeRO {stage}", world)
 
 
 @pytest.mark.parametrize("strategies", [["ddp"], ["ddp_fork", "ddp_notebook", "ddp_spawn"]])
 def test_processes_that_lightning_starts(strategies, alone, tmp_path):
-    script = Path(__file__).parent / "launchers.py"
-    subprocess.run([sys.executable, script, *strategies], cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    run(tmp_path, TESTS / "launchers.py", *strategies)
     for strategy in strategies:
         for rank in range(2):
             assert all_equal(torch.load(tmp_path / f"{strategy}-{rank}.pt"), alone)

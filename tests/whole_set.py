@@ -1,13 +1,8 @@
-"""A regression on a whole data set, its exact gradient, and processes that share it: for the tests of full batches."""
+"""A regression on a whole data set, and its exact gradient: for the tests of full batches."""
 
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +15,13 @@ def make_data(n, features=5):
     """``n`` samples: inputs ``(n, features)`` and targets ``(n, 1)``."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(n, features, generator=generator), torch.randn(n, 1, generator=generator)
+
+
+def whole_numbers(n):
+    """The same in small whole numbers: all sums of them are exact in float64, whoever adds them up."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randint(-4, 5, (n, 5), generator=generator).double()
+    return x, torch.randint(-40, 41, (n, 1), generator=generator).double()
 
 
 class Regression(pl.LightningModule):
@@ -62,29 +64,3 @@ def relative_error(gradients, exact_ones):
     """The norm of the difference, over all parameters, relative to the exact gradient's."""
     difference = sum((a.double() - b).square().sum() for a, b in zip(gradients, exact_ones, strict=True))
     return (difference / sum(b.square().sum() for b in exact_ones)).sqrt().item()
-
-
-def run_ranks(script, world, folder, *arguments, timeout=240):
-    """Run ``tests/<script>`` in as many processes, as torchrun starts them; return what each printed."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    tests = Path(__file__).parent
-    processes = []
-    for rank in range(world):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        places |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
-        environment = {**os.environ, **{name: str(value) for name, value in places.items()}}
-        command = [sys.executable, str(tests / script), *map(str, arguments)]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    try:
-        outputs = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(error for _, error in outputs)
-    return [output for output, _ in outputs]
