@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from lightning_rprop.optim.sharding import is_slice
+
 # What is no hyperparameter, or does not change what comes out: it may depend on a rank's machine.
 _IGNORED = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 
@@ -54,7 +56,7 @@ def _shapes(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
     for name, param in trainer.lightning_module.named_parameters():
         if is_lazy(param):
             yield name, "not initialized"
-        elif not hasattr(param, "_fsdp_flattened"):  # a rank's slice of it
+        elif not is_slice(param):  # whose shape is a rank's own
             yield name, f"{tuple(param.shape)} {str(param.dtype).removeprefix('torch.')}"
 
 

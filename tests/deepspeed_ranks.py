@@ -1,61 +1,91 @@
-"""Fits under DeepSpeed itself, as Lightning has it for GPUs only, on one to three ranks; for test_strategies.py."""
+"""Fits under Lightning's DeepSpeedStrategy on one to three ranks, which save what came out; for test_strategies.py."""
 
 from __future__ import annotations
 
-import importlib
-import os
+import math
 
 import forks
 import torch
-from strategy_ranks import ROWS_OPTIONS, SAMPLES, STEPS, WORLDS, Rows, make_groups, small_numbers
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from on_cpu import DeepSpeedOnCPU
+from strategy_ranks import SAMPLES, SAVED_AT, WORLDS, Begin, Fit, Rows, loader, make_trainer, small_numbers
+from whole_set import Regression, make_data
 
-from lightning_rprop import FullBatchLoader, Rprop
+from lightning_rprop import FullBatchLoader, StepSizeMonitor
+
+STAGES = (0, 1, 2, 3)
+PRECISIONS = ("bf16-mixed", "bf16-true")  # without ZeRO, DeepSpeed makes a step before there is a loss
+RAGGED = 103  # samples that neither micro-batches nor ranks divide evenly
 
 
-def fit(stage, rank, world):
-    """Train in a loop of one's own: DeepSpeed is told which micro-batch is the last, and Rprop the loss of all."""
+class Ragged(Regression):
+    """It looks at no gradients: ZeRO keeps them."""
+
+    def on_before_optimizer_step(self, optimizer):
+        pass
+
+
+def whole(module, stage):
+    """Give the parameters, of which each rank has a part only in stage 3."""
     import deepspeed
 
-    net = Rows()
-    optimizer = Rprop(make_groups(net.towers), **ROWS_OPTIONS)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,  # counts nothing here
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage},
-    }
-    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
-    loader = FullBatchLoader(small_numbers(SAMPLES), 8)
-    loader.share(rank, world)
-    loss = torch.zeros(())
-    optimizer.register_step_pre_hook(lambda _, args, kwargs: (args, {**kwargs, "loss": loss}))
-    for _ in range(STEPS):
-        loss.zero_()
-        for micro_batch in loader.micro_batches():
-            engine.set_gradient_accumulation_boundary(micro_batch.is_last)
-            part = engine(*micro_batch.data)
-            if not micro_batch.size:  # only keeps this rank in step with the others
-                part = part * 0
-            loss += part.detach()
-            engine.backward(part * world)  # the ranks' mean is taken
-        torch.distributed.all_reduce(loss)
-        engine.step()
-    with deepspeed.zero.GatheredParameters(list(net.parameters()), enabled=stage == 3):
-        return {f"net.{name}": param.detach().clone() for name, param in net.named_parameters()}
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=stage == 3):
+        return {name: param.detach().clone() for name, param in module.named_parameters()}
 
 
-def fits(rank):
-    """Train in all four stages."""
-    import deepspeed
+class Squares(Callback):
+    """Sums the squares of the gradient that the optimizer inside gets: of this rank's part, where it has a part."""
 
-    deepspeed.init_distributed("gloo", verbose=False)
-    world = torch.distributed.get_world_size()
-    torch.save({stage: fit(stage, rank, world) for stage in range(4)}, f"deepspeed-{world}-{rank}.pt")
+    def __init__(self):
+        self.sum = 0.0
+
+    def on_train_start(self, trainer, pl_module):
+        (optimizer,) = trainer.optimizers
+        getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self.add)  # behind FullBatch's
+
+    def add(self, optimizer, *args):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.sum += sum(grad.double().square().sum().item() for grad in grads)
+
+
+def fit(stage, ckpt_path=None, **options):
+    """Train to the end, in two micro-batches of each rank."""
+    trainer, module = make_trainer(DeepSpeedOnCPU(stage), **options), Fit(net=Rows)
+    trainer.fit(module, loader(math.ceil(SAMPLES / trainer.world_size / 2), small_numbers), ckpt_path=ckpt_path)
+    return whole(module, stage)
+
+
+def error_of(stage, callbacks=(), **options):
+    """Give the error of a fit that is refused."""
+    try:
+        fit(stage, callbacks=callbacks, **options)
+    except MisconfigurationException as error:
+        return str(error)
+    return None
+
+
+def fits(stage, world):
+    """Train in a stage: one step on ragged data; to the end; on two ranks, from a checkpoint on to the end, too."""
+    squares, ragged = Squares(), FullBatchLoader(make_data(RAGGED), 8)
+    make_trainer(DeepSpeedOnCPU(stage), 1, [squares]).fit(Ragged(reduction="sum"), ragged)
+    seen = {"squares": squares.sum}
+    if world == 2:  # on which alone DeepSpeed's checkpoints of two ranks go on
+        saved, begin = ModelCheckpoint(".", f"{stage}", every_n_train_steps=SAVED_AT), Begin()
+        seen["params"] = fit(stage, callbacks=[saved], enable_checkpointing=True)
+        seen["resumed"] = fit(stage, callbacks=[begin], ckpt_path=f"{stage}.ckpt")
+        seen["from"] = begin.step
+        seen |= {precision: fit(stage, precision=precision) for precision in PRECISIONS if stage}
+    else:
+        seen["params"] = fit(stage)
+    if (stage, world) == (1, 1):
+        seen["monitor"], seen["clip"] = error_of(stage, [StepSizeMonitor()]), error_of(stage, gradient_clip_val=0.5)
+    return seen
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # it would be compiled for a minute
+    DeepSpeedOnCPU(0)  # imports DeepSpeed, once for all ranks
     for world in WORLDS:
-        forks.run(world, fits)
+        save = lambda rank, n=world: torch.save({s: fits(s, n) for s in STAGES}, f"deepspeed-{n}-{rank}.pt")  # noqa: E731
+        forks.run(world, save)

@@ -1,4 +1,4 @@
-"""Fits as a user's script does, in processes that Lightning starts: ``launchers.py ddp``; each saves what it has."""
+"""Fits as a user's script does, in processes that Lightning starts: ``launchers.py 3 ddp``; each saves what it has."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ class Saving(Fit):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # torch's threads do not survive a fork
-    for strategy in sys.argv[1:]:
-        make_trainer(strategy).fit(Saving(strategy), loader())
+    for strategy in sys.argv[2:]:
+        make_trainer(strategy, devices=int(sys.argv[1])).fit(Saving(strategy), loader())

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lit import Batches, Net, Recorder, trainer
+from on_cpu import FSDPOnCPU
 from torch.distributed._composable.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -25,19 +26,22 @@ ALL += ("upper_bound", "sign_changed", "zero_gradient", "nonfinite_gradient")
 
 
 class Wide(Net):
-    """A network in float64, whose rounding leaves no sign in doubt; how it is spread is its strategy's business."""
+    """A network, spread as its strategy says; in float64, where that has it, whose rounding leaves no sign in doubt."""
 
-    def __init__(self, make, spread=None):
+    def __init__(self, make, spread=None, dtype=torch.float64):
         super().__init__(make)
         layers = torch.nn.Linear(WIDTHS[0], WIDTHS[1]), torch.nn.Tanh(), torch.nn.Linear(WIDTHS[1], WIDTHS[2])
         torch.manual_seed(0)
         self.net = torch.nn.Sequential(*layers).double()
         for layer in layers[::2]:
             torch.nn.init.normal_(layer.weight)
+        self.net.to(dtype)
         self.spread = spread
+        self.inputs = dtype
 
     def training_step(self, batch, batch_idx):
-        return (self.net(batch.double()) - batch.double().sum(dim=1, keepdim=True)).square().mean()
+        batch = batch.to(self.inputs)
+        return (self.net(batch) - batch.sum(dim=1, keepdim=True)).square().mean()
 
     def configure_model(self):
         if self.spread is not None:
@@ -85,12 +89,12 @@ def zero(params):
     )
 
 
-def fit(strategy, make=plain, spread=None, **options):
+def fit(strategy, make=plain, spread=None, dtype=torch.float64):
     log, calls = Recorder(), []
-    monitor = StepSizeMonitor(statistics=ALL, per_parameter=True, every_n_steps=2, histogram=True, **options)
+    monitor = StepSizeMonitor(statistics=ALL, per_parameter=True, every_n_steps=2, histogram=True)
     devices = int(os.environ["WORLD_SIZE"])
     fitter = trainer(".", [monitor], logger=log, devices=devices, strategy=strategy, max_steps=STEPS, max_epochs=-1)
-    module = Wide(lambda m: make(m.parameters()), spread)
+    module = Wide(lambda m: make(m.parameters()), spread, dtype)
     with counted(calls):
         fitter.fit(module, Batches(STEPS))
     metrics = {k: v.item() for k, v in fitter.callback_metrics.items() if k.startswith("step_size")}
@@ -100,8 +104,11 @@ def fit(strategy, make=plain, spread=None, **options):
 def fits(rank, world):
     """Fit under all strategies that the number of ranks has."""
     seen = {"ddp": fit(DDPStrategy())}
-    if world > 1:
+    if world == 1:
+        seen["fsdp"] = fit(DDPStrategy(), dtype=torch.float32)  # what there is to compare with
+    else:
         seen["zero"] = fit(DDPStrategy(), zero)
+        seen["fsdp"] = fit(FSDPOnCPU(), dtype=torch.float32)
         seen["fsdp2"] = fit(ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), spread=fully)
         for way, spread in (("columns", columns), ("columns and rows", columns_and_rows)):
             strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=world)

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lit import trainer
+from on_cpu import FSDPOnCPU
 from torch.distributed._composable.fsdp import fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Replicate
@@ -148,17 +149,10 @@ def zero(groups, **options):
     return ZeroRedundancyOptimizer(groups, optimizer_class=Rprop, **options)
 
 
-class FSDPOnCPU(FSDPStrategy):
-    """FSDPStrategy with its model on the CPU, which Lightning refuses by the class's name (lightning issue 21812)."""
-
-    def _setup_model(self, model):
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
-
-
 def make_trainer(strategy, steps=STEPS, callbacks=(), **options):
-    devices = int(os.environ.get("WORLD_SIZE", "2"))
+    options = {"devices": int(os.environ.get("WORLD_SIZE", "1")), **options}
     callbacks = [FullBatch(reduction="sum"), *callbacks]
-    return trainer(".", callbacks, devices=devices, strategy=strategy, max_steps=steps, max_epochs=-1, **options)
+    return trainer(".", callbacks, strategy=strategy, max_steps=steps, max_epochs=-1, **options)
 
 
 def loader(size=8, data=whole_numbers):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import deepspeed_ranks
 import pytest
 import torch
 from programs import run
@@ -20,7 +21,7 @@ from strategy_ranks import (
     Towers,
     small_numbers,
 )
-from whole_set import whole_numbers
+from whole_set import Regression, exact, make_data, whole_numbers
 
 from lightning_rprop import Rprop
 
@@ -91,17 +92,34 @@ def test_ranks_equal_one_process_and_go_on_anywhere(alone, tmp_path):
 
 
 def test_deepspeed(tmp_path):
+    """In all stages of ZeRO, with checkpoints of DeepSpeed's own."""
     run(tmp_path, TESTS / "deepspeed_ranks.py")
     expected = by_hand(Rows(), small_numbers(SAMPLES), ROWS_OPTIONS)
+    in_bfloat16 = by_hand(Rows().bfloat16(), [t.bfloat16() for t in small_numbers(SAMPLES)], ROWS_OPTIONS)
+    _, gradient = exact(Regression().net, make_data(deepspeed_ranks.RAGGED))
+    squares = sum(grad.square().sum().item() for grad in gradient)
     for world in WORLDS:
-        for seen in load(tmp_path, "deepspeed", world):
-            for stage in range(4):
-                assert all_equal(seen[stage], expected), (f"ZeRO {stage}", world)
+        ranks = load(tmp_path, "deepspeed", world)
+        for stage in deepspeed_ranks.STAGES:
+            assert all(all_equal(rank[stage]["params"], expected) for rank in ranks), (stage, world)
+            parts = [rank[stage]["squares"] for rank in ranks]
+            # float32's rounding, where signs would forgive a wrong factor
+            assert (parts[0] if stage == 0 else sum(parts)) == pytest.approx(squares, rel=1e-5), (stage, world)
+            if world == 2:
+                assert all(rank[stage]["from"] == SAVED_AT for rank in ranks), stage
+                assert all(all_equal(rank[stage]["resumed"], expected) for rank in ranks), stage
+            if world == 2 and stage > 0:
+                for precision in deepspeed_ranks.PRECISIONS:
+                    assert all(all_equal(rank[stage][precision], in_bfloat16) for rank in ranks), (stage, precision)
+        if world == 1:
+            assert "gradient_clip_val is 0.5: leave it None" in ranks[0][1]["clip"]
+            assert "remove the callback, or use a strategy" in ranks[0][1]["monitor"]
 
 
+@pytest.mark.parametrize("world", WORLDS[1:])
 @pytest.mark.parametrize("strategies", [["ddp"], ["ddp_fork", "ddp_notebook", "ddp_spawn"]])
-def test_processes_that_lightning_starts(strategies, alone, tmp_path):
-    run(tmp_path, TESTS / "launchers.py", *strategies)
+def test_processes_that_lightning_starts(strategies, world, alone, tmp_path):
+    run(tmp_path, TESTS / "launchers.py", world, *strategies)
     for strategy in strategies:
-        for rank in range(2):
+        for rank in range(world):
             assert all_equal(torch.load(tmp_path / f"{strategy}-{rank}.pt"), alone)

@@ -19,6 +19,7 @@ from lightning_rprop.full_batch.advice import RandomnessCheck, warn_of_batch_sta
 from lightning_rprop.full_batch.evaluation import Evaluation, no_loss
 from lightning_rprop.full_batch.loader import FullBatchLoader
 from lightning_rprop.full_batch.whole_step import Buffers, Interrupts, Snapshot
+from lightning_rprop.inside import innermost
 
 
 class FullBatch(Callback):
@@ -47,7 +48,8 @@ class FullBatch(Callback):
     Raises:
         ValueError: If an argument is not one of its choices.
         MisconfigurationException: At the start of ``fit``, if the Trainer accumulates gradients, the module optimizes
-            manually or has several optimizers, or the training data do not come from a FullBatchLoader.
+            manually or has several optimizers, the training data do not come from a FullBatchLoader, or DeepSpeed is to
+            clip gradients.
         ValueError: At the start of ``fit``, if shapes, hyperparameters or numbers of samples differ between the ranks.
 
     Example:
@@ -96,7 +98,7 @@ class FullBatch(Callback):
                 "FullBatch needs automatic optimization, but the module has automatic_optimization=False: return the "
                 "loss from training_step, or loop over FullBatchLoader.micro_batches() yourself"
             )
-        if trainer.strategy.handles_gradient_accumulation:
+        if trainer.strategy.handles_gradient_accumulation and not hasattr(trainer.strategy, "deepspeed_engine"):
             raise MisconfigurationException(
                 f"FullBatch does not support {type(trainer.strategy).__name__}, which weighs gradients itself: use "
                 "strategy='ddp'"
@@ -120,10 +122,15 @@ class FullBatch(Callback):
                 "parameters to one, in groups with options of their own"
             )
         optimizer = trainer.optimizers[0]
-        if not hasattr(optimizer, "register_step_pre_hook"):
+        if not isinstance(innermost(optimizer), Optimizer):
             raise MisconfigurationException(f"FullBatch needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
         loader = _take_over(trainer)
         evaluation = Evaluation(trainer, pl_module, optimizer, loader, self.reduction, self.weight)
+        if evaluation.engine is not None and (clip := evaluation.engine.gradient_clipping()):
+            raise MisconfigurationException(
+                "DeepSpeed clips gradients before FullBatch has made them those of the mean loss, but "
+                f"gradient_clip_val is {clip}: leave it None; Rprop looks at signs, which stay the same"
+            )
         self._fit = _Fit(evaluation, optimizer, warned=warn_of_dropout(pl_module))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -189,13 +196,10 @@ class _Fit:
         self.step = -1  # Lightning's count before the one that has begun
         self.warned = warned
         self.wrapped = False  # whether a step with our closure is running
-        self.hooks = [
-            optimizer.register_step_pre_hook(self.before_step),
-            optimizer.register_step_post_hook(self.after_step),
-        ]
-        inner = getattr(optimizer, "optim", None)
-        if isinstance(inner, Optimizer):  # of ZeroRedundancyOptimizer, which takes no loss itself
-            self.hooks.append(inner.register_step_pre_hook(self.before_step))
+        # the one inside takes a loss where one that wraps it does not; DeepSpeed's has no hooks either
+        hooked = [each for each in {optimizer, innermost(optimizer)} if isinstance(each, Optimizer)]
+        self.hooks = [each.register_step_pre_hook(self.before_step) for each in hooked]
+        self.hooks += [each.register_step_post_hook(self.after_step) for each in hooked]
 
     def begin(self, batch_idx: int) -> None:
         self.loss = None
@@ -225,6 +229,8 @@ class _Fit:
             takes_loss = "loss" in inspect.signature(type(optimizer).step).parameters
             if takes_loss and "loss" not in kwargs and self.evaluation.loss is not None:
                 kwargs = {**kwargs, "loss": self.evaluation.loss}
+            if self.evaluation.engine is not None:
+                self.evaluation.bring_to_mean(optimizer)
             self.interrupts.hold()
             return args, kwargs
         self.wrapped = True

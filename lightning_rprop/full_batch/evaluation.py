@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -66,7 +66,8 @@ class Evaluation:
         self.logs = StepLogs(trainer)
         self.scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
-        self.blocked = getattr(trainer.strategy, "block_backward_sync", nullcontext)
+        # DeepSpeed's engine reduces gradients itself, and keeps them to itself until its step
+        self.engine = getattr(trainer.strategy, "deepspeed_engine", None)
         self.takes_batch_idx = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
         self.values: list[Tensor] = []
         self.weights: list[float | Tensor] = []
@@ -97,7 +98,7 @@ class Evaluation:
         if not self.alone:
             self.logs.begin()
         if not self.current.is_last:
-            self.block = self.blocked()
+            self.block = self._blocked()
             self.block.__enter__()
 
     def weigh_first(self, loss: Tensor) -> None:
@@ -134,6 +135,12 @@ class Evaluation:
         self._allow_reduction()
         self.logs.cancel()
 
+    def _blocked(self) -> AbstractContextManager[Any]:
+        """Let no gradient be reduced after a micro-batch that is not the last."""
+        if self.engine is not None:
+            return _not_last(self.engine)
+        return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
+
     def _allow_reduction(self) -> None:
         if self.block is not None:
             block, self.block = self.block, None
@@ -144,6 +151,7 @@ class Evaluation:
         self.loss = None
         self.values, self.weights = [], []
         self.samples = 0
+        self.factor: float | Tensor = 1.0  # by which the sum of the gradients is the mean's
 
     def _run(self, micro_batches: Iterator[MicroBatch]) -> None:
         """Make forward and backward passes, as Lightning's closure does but without its hooks."""
@@ -156,7 +164,7 @@ class Evaluation:
                 batch = strategy.batch_to_device(batch, dataloader_idx=0)
             log_weight = self._log_weight(micro_batch)
             weigh_logs(self.trainer, log_weight)
-            with nullcontext() if micro_batch.is_last else self.blocked():
+            with nullcontext() if micro_batch.is_last else self._blocked():
                 output = run_training_step(self.trainer, batch, *index)
                 loss = output.get("loss") if isinstance(output, Mapping) else output
                 if loss is None:
@@ -220,13 +228,19 @@ class Evaluation:
         self.loss = sums[0] / sums[1]
         # a strategy with more processes than replicas has summed each replica's share several times
         total = sums[1] * self.replicas / self.trainer.world_size if self.total is None else self.total
-        factor = 1 / ((self.unit or 1.0) * total)
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grads = [local(p.grad) for p in params if p.grad is not None]
-        if grads and (isinstance(factor, Tensor) or factor != 1):
-            torch._foreach_mul_(grads, factor)
+        self.factor = 1 / ((self.unit or 1.0) * total)
+        if self.engine is None:
+            self.bring_to_mean(self.optimizer)
         if self.unit is None:
             self.unit = _power_of_two_near(1 / float(total))  # for the steps to come
+
+    @torch.no_grad()
+    def bring_to_mean(self, optimizer: Optimizer) -> None:
+        """Make the sums that are the gradients of an optimizer's parameters those of the mean; once an evaluation."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        if grads and (isinstance(self.factor, Tensor) or self.factor != 1):
+            torch._foreach_mul_(grads, self.factor)
 
     def _log_weight(self, micro_batch: MicroBatch) -> float:
         """Give what self.log weighs a micro-batch by; refuse one whose samples must be counted and cannot be."""
@@ -236,6 +250,15 @@ class Evaluation:
                 "what it counts: FullBatch(weight=lambda batch: ...)"
             )
         return abs(micro_batch.size) or _NOTHING
+
+
+@contextmanager
+def _not_last(engine: Any) -> Iterator[None]:
+    engine.set_gradient_accumulation_boundary(False)
+    try:
+        yield
+    finally:
+        engine.set_gradient_accumulation_boundary(True)
 
 
 def no_loss() -> str:

@@ -42,7 +42,8 @@ class FullBatchLoader:
             - a ``DataLoader``, for data that do not fit in memory: its batches are the micro-batches, read anew at each
               step and shared among the ranks;
             - an ``IterableDataset`` of samples (of ready batches with ``micro_batch_size=None``) or another iterable of
-              ready batches, of any length; under several ranks it gives each rank its own, at least one.
+              ready batches, of any length; under several ranks it gives each rank its own, at least one, and under FSDP
+              and DeepSpeed, whose ranks wait for each other at each micro-batch, as many as the others.
         micro_batch_size: Samples of a micro-batch at most; ``None`` takes a rank's whole share at once. The sizes of
             one share differ by no more than one. It bounds the memory of activations and changes nothing else.
         steps_per_epoch: Optimizer steps of one Lightning epoch. More than one spares the costs of an epoch's end: a

@@ -85,7 +85,8 @@ class StepSizeMonitor(Callback):
 
     Raises:
         ValueError: If an argument is not one of its choices.
-        MisconfigurationException: At the start of ``fit``, if no optimizer is an Rprop or a pattern fits no parameter.
+        MisconfigurationException: At the start of ``fit``, if no optimizer is an Rprop, a pattern fits no parameter, or
+            DeepSpeed's ZeRO has joined the parameters.
         ValueError: At the start of ``fit``, if shapes or hyperparameters differ between the ranks.
 
     Example:
@@ -167,6 +168,12 @@ class StepSizeMonitor(Callback):
             raise MisconfigurationException(
                 f"StepSizeMonitor needs an Rprop optimizer, but configure_optimizers returned: {found}. "
                 "Return lightning_rprop.Rprop(...) or torch.optim.Rprop(...), or remove the callback."
+            )
+        if any(is_called(optimizer, "DeepSpeedOptimizer") for optimizer in trainer.optimizers):
+            raise MisconfigurationException(
+                "StepSizeMonitor cannot tell apart the step sizes of parameters that DeepSpeed's ZeRO has joined, with "
+                "padding: remove the callback, or use a strategy that leaves parameters as they are ('ddp', 'fsdp', "
+                "ModelParallelStrategy)"
             )
         _check_agreement(trainer)
         self._groups = []

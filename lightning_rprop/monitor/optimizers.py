@@ -8,16 +8,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_rprop.inside import innermost
 from lightning_rprop.monitor.statistics import Gradients
 from lightning_rprop.optim.dispatch import as_real
 from lightning_rprop.optim.fused import PLAIN
-from lightning_rprop.optim.sharding import aligned, is_sharded, local
+from lightning_rprop.optim.sharding import aligned, is_sharded, is_slice, local
 
 # What torch.compile and FSDP put into a parameter's name.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
-
-# Where Lightning, DeepSpeed and torch's ZeroRedundancyOptimizer keep the optimizer that they wrap.
-_LINKS = ("_optimizer", "optimizer", "optim")
 
 
 class Row(NamedTuple):
@@ -50,8 +48,7 @@ def gradients_of(rows: Sequence[Row]) -> Gradients:
 
 def find_rprop(optimizer: Any) -> Optimizer | None:
     """Give the Rprop, ours or torch's, that an optimizer is or wraps; told by two options that no other one has."""
-    while inside := [vars(optimizer)[link] for link in _LINKS if isinstance(vars(optimizer).get(link), Optimizer)]:
-        optimizer = inside[0]
+    optimizer = innermost(optimizer)
     is_rprop = isinstance(optimizer, Optimizer) and {"etas", "step_sizes"} <= optimizer.defaults.keys()
     return optimizer if is_rprop else None
 
@@ -89,7 +86,7 @@ def are_shared_out(optimizers: Iterable[Any]) -> bool:
     """Tell whether processes hold different parts of the step sizes."""
     for outer in optimizers:
         inner = find_rprop(outer)
-        if inner is not None and (inner is not outer or any(map(is_sharded, parameters(outer)))):
+        if inner is not None and (inner is not outer or any(is_sharded(p) or is_slice(p) for p in parameters(outer))):
             return True
     return False
 
@@ -102,7 +99,7 @@ def parameters(optimizer: Any) -> list[Tensor]:
 def _counts(param: Any, rank: int) -> bool:
     """Of those that hold the same, the first counts it: on a mesh along each axis that replicates, else rank 0."""
     if not is_sharded(param):
-        return rank == 0
+        return rank == 0 or is_slice(param)
     place = param.device_mesh.get_coordinate()
     return place is not None and all(
         i == 0 or not placement.is_replicate() for i, placement in zip(place, param.placements, strict=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_rprop.monitor import statistics
 from lightning_rprop.monitor.names import quantile_of
 from lightning_rprop.monitor.optimizers import Row, gradients_of, state_of
+from lightning_rprop.optim.sharding import is_slice
 
 # Bins of a histogram: at the usual bounds nearly eight to a factor of ten.
 _BINS = 60
@@ -139,8 +140,10 @@ def _quantiles(
         if not any(map(Tensor.numel, step_sizes)):
             return torch.full((len(shares),), torch.nan)
         return statistics.quantiles(step_sizes, shares)
-    elements = sum(row.param.numel() * (2 if row.param.is_complex() else 1) for row in members)
-    return statistics.sketch(step_sizes, min(elements, statistics.SKETCH))
+    size = statistics.SKETCH  # the same on all processes, of which none knows how much of a slice the others have
+    if not any(is_slice(row.param) for row in members):
+        size = min(size, sum(row.param.numel() * (2 if row.param.is_complex() else 1) for row in members))
+    return statistics.sketch(step_sizes, size)
 
 
 def _scopes(rows: Sequence[Row], plan: Plan) -> dict[Scope, list[int]]:

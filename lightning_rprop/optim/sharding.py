@@ -15,6 +15,11 @@ def is_sharded(tensor: Any) -> bool:
     return type(tensor) not in PLAIN and hasattr(tensor, "placements")
 
 
+def is_slice(param: Any) -> bool:
+    """Tell a parameter of which FullyShardedDataParallel leaves each process a slice, by the mark that torch sets."""
+    return hasattr(param, "_fsdp_flattened")
+
+
 @torch.no_grad()  # in which a part is the memory itself
 def local(tensor: Any) -> Any:
     """Give the part of a DTensor that is here, and any other tensor as it is."""
