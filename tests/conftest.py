@@ -1,4 +1,4 @@
-"""What all tests share: a place of their own for compiled kernels, Ctrl-C as a terminal has it, and their order."""
+"""What all tests share: the environment of the processes they start, Ctrl-C as a terminal has it, and their order."""
 
 import signal
 
@@ -14,12 +14,16 @@ def interrupts():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def kernel_cache(tmp_path_factory):
-    """Compile anew, and leave nothing in the user's cache; processes that tests start find it too."""
+def environment(tmp_path_factory):
+    """Compile anew, and leave nothing in the user's cache; so do the processes that tests start, with a thread each.
+
+    They are several at once, whose waiting threads would take the time from each other.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUMBA_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 
