@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lit import all_equal, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -636,6 +637,10 @@ class Twice(Regression):
         return [Rprop([p]) for p in self.parameters()]
 
 
+class Accumulating(SingleDeviceStrategy):
+    handles_gradient_accumulation = True
+
+
 class Reiterable:
     def __init__(self, *batches):
         self.batches = batches
@@ -660,6 +665,7 @@ UNEVEN = Reiterable((DATA[0], DATA[1][:50]))
         ),
         (Regression, None, {"callbacks": [FullBatch(), FullBatch()]}, MisconfigurationException, "leave one"),
         (Manual, None, {}, MisconfigurationException, "automatic_optimization=False"),
+        (Regression, None, {"strategy": Accumulating("cpu")}, MisconfigurationException, "not support Accumulating,"),
         (Twice, None, {}, RuntimeError, "multiple optimizers is only supported with manual optimization"),
         (Regression, [DATA], {}, MisconfigurationException, r"needs a FullBatchLoader .* got list: wrap the data"),
         (NoLoss, None, {}, RuntimeError, "training_step returned no loss, but every micro-batch is part"),
