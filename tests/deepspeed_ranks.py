@@ -83,9 +83,13 @@ def fits(stage, world):
     return seen
 
 
+def save(rank, world):
+    """Save what comes out of all stages."""
+    torch.save({stage: fits(stage, world) for stage in STAGES}, f"deepspeed-{world}-{rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     DeepSpeedOnCPU(0)  # imports DeepSpeed, once for all ranks
     for world in WORLDS:
-        save = lambda rank, n=world: torch.save({s: fits(s, n) for s in STAGES}, f"deepspeed-{n}-{rank}.pt")  # noqa: E731
         forks.run(world, save)

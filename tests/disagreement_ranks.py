@@ -58,7 +58,7 @@ def fit(name, rank, callbacks):
     return {"error": None, "collectives": calls}
 
 
-def fits(rank):
+def fits(rank, world):
     """Try all cases."""
     both = [FullBatch(), StepSizeMonitor()]
     seen = {name: fit(name, rank, both if name == "same" else [FullBatch()]) for name in CASES}

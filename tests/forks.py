@@ -16,8 +16,8 @@ from pathlib import Path
 
 
 def run(world, function, limit=200):
-    """Call the function with its rank on so many ranks, in this folder; end with their logs if one of them fails."""
-    codes, _ = wait(start(world, ".", function), limit)
+    """Call the function with rank and world on so many ranks, in this folder; end with their logs if one fails."""
+    codes, _ = wait(start(world, ".", lambda rank: function(rank, world)), limit)
     if any(codes):
         sys.exit("\n".join(f"{code}: {Path(f'log-{rank}').read_text()[-3000:]}" for rank, code in enumerate(codes)))
 

@@ -152,4 +152,4 @@ def fit_whole_numbers(size=7):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for world in WORLDS:
-        forks.run(world, lambda rank, world=world: torch.save(dict(cases(world)), f"{world}-{rank}.pt"))
+        forks.run(world, lambda rank, world: torch.save(dict(cases(world)), f"{world}-{rank}.pt"))

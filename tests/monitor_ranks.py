@@ -119,4 +119,4 @@ def fits(rank, world):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for world in WORLDS:
-        forks.run(world, lambda rank, world=world: fits(rank, world))
+        forks.run(world, fits)

@@ -239,7 +239,10 @@ def resume(name, world):
 
 def run(stage, world, function, names):
     """Do it on so many ranks; each saves what it has of each name."""
-    save = lambda rank: torch.save({name: function(name, world) for name in names}, f"{stage}-{world}-{rank}.pt")  # noqa: E731
+
+    def save(rank, world):
+        torch.save({name: function(name, world) for name in names}, f"{stage}-{world}-{rank}.pt")
+
     forks.run(world, save)
 
 

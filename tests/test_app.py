@@ -11,17 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import run
 
 ROOT = Path(__file__).parent.parent
-TRAIN = [sys.executable, str(ROOT / "examples" / "train.py")]
+PROGRAM = ROOT / "examples" / "train.py"
 
 
-def train(folder, *overrides, fails=False, environment=None):
-    command = [*TRAIN, *overrides]
-    environment = {**os.environ, **(environment or {})}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stderr if fails else done.stdout
+def train(folder, *overrides, **how):
+    return run(folder, PROGRAM, *overrides, **how)
 
 
 def table(output):
@@ -79,7 +76,7 @@ target = TabularData("diabetes", 0.15, 0.2, 0, 1).splits["train"][1]
 assert target.shape == (287, 1) or target.shape == (286, 1)
 assert target.mean().abs() < 1e-6
 """
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    run(ROOT, "-c", code)
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path):
@@ -165,7 +162,7 @@ def ends(group, seconds=20):
 
 @pytest.mark.parametrize("trainer", ["cpu", "ddp_cpu"])
 def test_ctrl_c_ends_it_soon_with_a_whole_checkpoint(trainer, tmp_path):
-    command = [*TRAIN, f"trainer={trainer}", "trainer.max_epochs=1000000"]
+    command = [sys.executable, PROGRAM, f"trainer={trainer}", "trainer.max_epochs=1000000"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:

@@ -198,6 +198,7 @@ class _Fit:
         self.wrapped = False  # whether a step with our closure is running
         # the one inside takes a loss where one that wraps it does not; DeepSpeed's has no hooks either
         hooked = [each for each in {optimizer, innermost(optimizer)} if isinstance(each, Optimizer)]
+        self.take_loss = [each for each in hooked if "loss" in inspect.signature(type(each).step).parameters]
         self.hooks = [each.register_step_pre_hook(self.before_step) for each in hooked]
         self.hooks += [each.register_step_post_hook(self.after_step) for each in hooked]
 
@@ -226,8 +227,7 @@ class _Fit:
         if self.wrapped:  # the step of a subclass calls its parent's
             return args, kwargs
         if closure is None:
-            takes_loss = "loss" in inspect.signature(type(optimizer).step).parameters
-            if takes_loss and "loss" not in kwargs and self.evaluation.loss is not None:
+            if optimizer in self.take_loss and "loss" not in kwargs and self.evaluation.loss is not None:
                 kwargs = {**kwargs, "loss": self.evaluation.loss}
             if self.evaluation.engine is not None:
                 self.evaluation.bring_to_mean(optimizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -68,6 +69,11 @@ class Evaluation:
         self.replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
         # DeepSpeed's engine reduces gradients itself, and keeps them to itself until its step
         self.engine = getattr(trainer.strategy, "deepspeed_engine", None)
+        self.blocked: Callable[[], AbstractContextManager[Any]] = (
+            getattr(trainer.strategy, "block_backward_sync", nullcontext)
+            if self.engine is None
+            else partial(_not_last, self.engine)
+        )
         self.takes_batch_idx = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
         self.values: list[Tensor] = []
         self.weights: list[float | Tensor] = []
@@ -98,7 +104,7 @@ class Evaluation:
         if not self.alone:
             self.logs.begin()
         if not self.current.is_last:
-            self.block = self._blocked()
+            self.block = self.blocked()
             self.block.__enter__()
 
     def weigh_first(self, loss: Tensor) -> None:
@@ -135,12 +141,6 @@ class Evaluation:
         self._allow_reduction()
         self.logs.cancel()
 
-    def _blocked(self) -> AbstractContextManager[Any]:
-        """Let no gradient be reduced after a micro-batch that is not the last."""
-        if self.engine is not None:
-            return _not_last(self.engine)
-        return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
-
     def _allow_reduction(self) -> None:
         if self.block is not None:
             block, self.block = self.block, None
@@ -164,7 +164,7 @@ class Evaluation:
                 batch = strategy.batch_to_device(batch, dataloader_idx=0)
             log_weight = self._log_weight(micro_batch)
             weigh_logs(self.trainer, log_weight)
-            with nullcontext() if micro_batch.is_last else self._blocked():
+            with nullcontext() if micro_batch.is_last else self.blocked():
                 output = run_training_step(self.trainer, batch, *index)
                 loss = output.get("loss") if isinstance(output, Mapping) else output
                 if loss is None:
