@@ -33,7 +33,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.ranks import on_ranks
+from benchmarks.ranks import answer, on_ranks
 from benchmarks.step import processor
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
@@ -198,16 +198,15 @@ def on_two_ranks(folder: str, seconds: float) -> tuple[float, float]:
     return mine, theirs
 
 
-def as_rank(folder: str, seconds: float) -> None:
-    """Be one of the two ranks; the same number of rounds and steps on both."""
+def as_rank(folder: str, seconds: float) -> list[float]:
+    """Be one of the two ranks, with as many rounds and steps as the other; give the medians."""
     times: list[list[float]] = [[], []]
     steps = max(20, int(20 * seconds))
     both = {"devices": 2, "strategy": "ddp"}
     for _ in range(5):
         times[0].append(ours(LARGE, folder, steps, cuts=MICRO_BATCHES, **both))
         times[1].append(accumulating(LARGE, folder, steps, cuts=MICRO_BATCHES, **both))
-    if os.environ["RANK"] == "0":
-        print(json.dumps([statistics.median(found) for found in times]))
+    return [statistics.median(found) for found in times]
 
 
 class Saved:
@@ -272,8 +271,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if arguments.as_rank:
-        as_rank(arguments.as_rank, arguments.seconds)
-        return
+        answer(as_rank(arguments.as_rank, arguments.seconds))
 
     found: dict[str, Any] = {}
     print("| row | ms | peer | ms | ratio | allowed |\n|---|---|---|---|---|---|")

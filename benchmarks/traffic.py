@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import lightning
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -46,7 +47,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.full_batch import Fit, data, fit, milliseconds
 from benchmarks.problems import mlp
-from benchmarks.ranks import on_ranks
+from benchmarks.ranks import answer, on_ranks
 from benchmarks.step import CASES, OURS, bytes_moved, machine, optimizer_program
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
@@ -197,6 +198,7 @@ def loads(folder: str) -> list[Load]:
         step.run()
         times.append(time.perf_counter() - start)
     whole = statistics.median(milliseconds(train("large", "FullBatch", 1, 30, folder), CUTS) for _ in range(3)) / 1e3
+    dist.destroy_process_group()  # with one, torch may abort the process at its very end (torch issue 190489)
     return [
         Load(f"{weights('large') // 4:,} weights, {CUTS} x {SIZE} samples", weights("large"), whole),
         Load("ResNet-50's, the optimizer alone", bytes_moved(case) // 7, statistics.median(times[2:])),
@@ -250,8 +252,7 @@ def main() -> None:
     for package in ("fabric", "pytorch"):
         logging.getLogger(f"lightning.{package}").setLevel(logging.ERROR)
     if arguments.as_rank:
-        print(json.dumps(as_rank(arguments.worlds[0], arguments.steps, arguments.fits, arguments.as_rank)))
-        return
+        answer(as_rank(arguments.worlds[0], arguments.steps, arguments.fits, arguments.as_rank))
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 
 import torch
@@ -16,6 +17,8 @@ class Saving(Fit):
     def on_train_end(self):
         params = {name: whole(param) for name, param in self.named_parameters()}
         torch.save(params, f"{self.strategy}-{self.global_rank}.pt")
+        # with a group, torch may abort the process at its very end (torch issue 190489)
+        atexit.register(torch.distributed.destroy_process_group)
 
 
 if __name__ == "__main__":

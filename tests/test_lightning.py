@@ -50,6 +50,8 @@ if __name__ == "__main__":
     fit.fit(module, Batches(5))
     torch.save(list(module.parameters()), f"{folder}/{strategy}-{fit.global_rank}.pt")
     print(fit.callback_metrics["step_size/mean"].item())
+    if torch.distributed.is_initialized():  # with a group, torch may abort the process at its very end
+        torch.distributed.destroy_process_group()
 """
 
 
