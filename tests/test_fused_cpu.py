@@ -1,14 +1,13 @@
 """Numba's kernel: its threads, its cache on disk, and what is done without it."""
 
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from cases import gradients
+from programs import run
 
 from lightning_rprop import Rprop
 from lightning_rprop.optim import fused_cpu
@@ -33,11 +32,7 @@ print("fused" if fused else "plain", "compiled" if "numba" in sys.modules else "
 
 def python(code, **environment):
     """Run a program in a process of its own; give what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return run(".", "-c", code, environment=environment, timeout=120).strip()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -263,7 +264,6 @@ except ZeroDivisionError:
     pass
 print(made[0])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    script = programs.run(tmp_path, "-c", code, timeout=60)
     for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=4", "--partition=gpu"):
-        assert f"#SBATCH {line}\n" in done.stdout
+        assert f"#SBATCH {line}\n" in script

@@ -1,12 +1,9 @@
 """The optimizer as the return value of configure_optimizers: fit, checkpoint, resume, several processes."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from lit import Batches, Net, all_equal, fit_in_two_parts, trainer
+from programs import run
 
 from lightning_rprop import Rprop
 
@@ -59,9 +56,7 @@ def test_two_ddp_processes_with_the_same_data_equal_one(tmp_path):
     """The mean of two equal gradients is exact, so every bit must agree, on both ranks."""
     (tmp_path / "script.py").write_text(SCRIPT)
     for processes, strategy in ((1, "auto"), (2, "ddp")):
-        command = [sys.executable, "script.py", str(processes), strategy, str(tmp_path)]
         path = {"PYTHONPATH": __file__.rsplit("/", 1)[0]}
-        environment = {**os.environ, **path}
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=180, capture_output=True)
+        run(tmp_path, "script.py", processes, strategy, tmp_path, environment=path, timeout=180)
     alone, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("auto-0", "ddp-0", "ddp-1"))
     assert all(all_equal(alone, rank) for rank in ranks)

@@ -3,9 +3,6 @@
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lit import Batches, Net, Recorder, ValidatedNet, trainer
 from monitor_truth import DEFAULT, Truth
+from programs import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from whole_set import Regression, make_data
 
@@ -250,12 +248,9 @@ print(json.dumps({
 
 def test_weights_and_biases_and_mlflow_offline(tmp_path):
     """The real ones, which write to files: one call a record, at its step; histograms where there are such."""
-    environment = {**os.environ, "MLFLOW_ALLOW_FILE_STORE": "true", "WANDB_SILENT": "true"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
-    command = [sys.executable, "-c", SERVICES, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+    environment = {"MLFLOW_ALLOW_FILE_STORE": "true", "WANDB_SILENT": "true", "PYTHONPATH": str(Path(__file__).parent)}
+    output = run(tmp_path, "-c", SERVICES, tmp_path, environment=environment, timeout=120)
+    seen = json.loads(output.splitlines()[-1])
     records = dict(seen["records"])
     assert list(records) == [1, 3]
     assert len(records[1]) == 50

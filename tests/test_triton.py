@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import run
 
 TESTS = Path(__file__).parent
 
@@ -55,11 +56,7 @@ for which in (0, 1, 0, 1, 0):
 
 
 def test_one_launch_for_each_dtype_and_a_table_only_for_new_addresses():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True, check=True, timeout=300
-    )
-    first, second, *others = done.stdout.splitlines()
+    first, second, *others = run(".", "-c", LAUNCHES, environment={"TRITON_INTERPRET": "1"}).splitlines()
     assert first.split()[0] in ("2", "4")  # each kernel is tried out before its first launch
     assert first.split()[1] in ("2", "4")
     assert second == "2 2"
