@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,16 +28,34 @@ def check_agreement(trainer: pl.Trainer) -> None:
     Raises:
         ValueError: On every rank, if a shape, a dtype, a hyperparameter or a number of parameters differs.
     """
-    if trainer.world_size == 1:
-        return
-    mine = {**dict(_shapes(trainer)), **dict(_options(trainer))}
-    digest = hashlib.sha256(repr(mine).encode()).digest()
+    if trainer.world_size > 1:
+        compare(
+            trainer,
+            {**dict(_shapes(trainer)), **dict(_options(trainer))},
+            "the ranks are set up differently: {}. Make the same model and optimizer on all ranks; under Hydra's "
+            "--multirun, where each process that Lightning starts is a sweep of its own, train inside "
+            "`with lightning_rprop.hydra_ddp(trainer):`",
+        )
+
+
+def compare(trainer: pl.Trainer, mine: Mapping[str, str], message: str) -> None:
+    """Compare what should be the same on all ranks; called by all of them.
+
+    Args:
+        trainer: The Trainer, of more than one rank.
+        mine: What this rank has, by name.
+        message: What to say if something differs, with ``{}`` for names, ranks and values.
+
+    Raises:
+        ValueError: On every rank, if something differs.
+    """
+    digest = hashlib.sha256(repr(dict(mine)).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
     ends = torch.tensor([number, -number], device=trainer.strategy.root_device)
     most, least = trainer.strategy.reduce(ends, reduce_op="max").abs().tolist()
     if most == least:
         return
-    first, *others = [trainer.strategy.broadcast(mine, src=rank) for rank in range(trainer.world_size)]
+    first, *others = [trainer.strategy.broadcast(dict(mine), src=rank) for rank in range(trainer.world_size)]
     differences = [
         f"{name} is {first.get(name, 'missing')} on rank 0, {other.get(name, 'missing')} on rank {rank}"
         for rank, other in enumerate(others, start=1)
@@ -45,11 +63,7 @@ def check_agreement(trainer: pl.Trainer) -> None:
         if first.get(name) != other.get(name)
     ]
     more = f" (and {len(differences) - 5} more)" if len(differences) > 5 else ""
-    raise ValueError(
-        f"the ranks are set up differently: {'; '.join(differences[:5])}{more}. Make the same model and optimizer on "
-        "all ranks; under Hydra's --multirun, where each process that Lightning starts is a sweep of its own, train "
-        "inside `with lightning_rprop.hydra_ddp(trainer):`"
-    )
+    raise ValueError(message.format("; ".join(differences[:5]) + more))
 
 
 def _shapes(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:

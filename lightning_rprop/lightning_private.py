@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer import call
 from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from lightning_rprop.class_name import is_called
 
 
 def logged_step(trainer: pl.Trainer) -> int:
@@ -25,6 +29,60 @@ def logged_step(trainer: pl.Trainer) -> int:
     ``trainer.global_step`` counts from one, and the steps of all optimizers.
     """
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def evaluate_by(
+    trainer: pl.Trainer, evaluate: Callable[[tuple[Any, ...], int, bool], tuple[Tensor, dict[str, Any]]]
+) -> Callable[[], None]:
+    """Make every call of the closure that Lightning hands to ``optimizer_step`` a call of ``evaluate``.
+
+    Lightning has no hook around its closure, which evaluates one batch. Whoever calls it, and however often (LBFGS, an
+    overridden ``optimizer_step``, an optimizer set in mid-fit), then gets what ``evaluate`` returns.
+
+    Args:
+        trainer: The Trainer that fits.
+        evaluate: Called with the arguments of training_step, the batch index, and whether to compute gradients, which
+            StochasticWeightAveraging turns off; returns the loss and what else training_step returned.
+
+    Returns:
+        A function that puts Lightning's closure back.
+    """
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    closure_class = vars(_module_of(loop, "_AutomaticOptimization"))["Closure"]
+
+    def make_closure(kwargs: Mapping[str, Any], optimizer: Optimizer, batch_idx: int) -> Any:
+        def step_fn() -> Any:
+            loss, extra = evaluate(tuple(kwargs.values()), batch_idx, not loop._skip_backward)
+            return loop.output_result_cls(loss, extra=extra)
+
+        return closure_class(step_fn)
+
+    loop._make_closure = make_closure  # type: ignore[method-assign]
+    return lambda: vars(loop).pop("_make_closure", None)
+
+
+def wrap_train_dataloader(trainer: pl.Trainer, wrap: Callable[[Any], Any]) -> Callable[[], None]:
+    """Make the Trainer take ``wrap(loader)`` wherever it asks for its training data loader.
+
+    The public hooks come when Lightning has derived the length of an epoch from the loader and put a sampler into it.
+
+    Returns:
+        A function that undoes this.
+    """
+    source = trainer.fit_loop._data_source
+    dataloader = source.dataloader
+    source.dataloader = lambda: wrap(dataloader())  # type: ignore[method-assign]
+    return lambda: vars(source).pop("dataloader", None)
+
+
+def forget_loader_state(checkpoint: dict[str, Any]) -> None:
+    """Remove the state of the training data loader, with which only the same kind of loader could resume."""
+    checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).pop("combined_loader", None)
+
+
+def has_no_optimizer(trainer: pl.Trainer) -> bool:
+    """Return whether ``configure_optimizers`` returned None, for which Lightning puts an optimizer of its own."""
+    return not trainer.optimizers or is_called(trainer.optimizers[0], "_MockOptimizer")
 
 
 def run_training_step(trainer: pl.Trainer, *args: Any) -> Any:
@@ -43,19 +101,38 @@ def run_module_hook(trainer: pl.Trainer, name: str, *args: Any, **kwargs: Any) -
     call._call_lightning_module_hook(trainer, name, *args, **kwargs)
 
 
+def run_hook(trainer: pl.Trainer, name: str, *args: Any) -> None:
+    """Call a hook of all callbacks and of the module as Lightning does."""
+    call._call_callback_hooks(trainer, name, *args)
+    run_module_hook(trainer, name, *args)
+
+
+def is_hook_overridden(trainer: pl.Trainer, name: str) -> bool:
+    """Return whether the module or a callback overrides a hook; both packages define it in classes of these names."""
+    empty = (f"Callback.{name}", f"ModelHooks.{name}")
+    owners = (trainer.lightning_module, *trainer.callbacks)  # type: ignore[attr-defined]
+    return any(getattr(getattr(owner, name), "__qualname__", "") not in empty for owner in owners)
+
+
 def before_batch_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:
     """Call ``on_before_batch_transfer`` of the datamodule or the module, whichever Lightning would."""
     return pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
 
 
-def weigh_logs(trainer: pl.Trainer, samples: float) -> None:
-    """Let ``self.log`` weigh what comes next by so many samples: Lightning knows only the loader's batch.
+def weigh_logs(trainer: pl.Trainer, weight: float) -> None:
+    """Set the weight of what ``self.log`` gets next: Lightning knows only the size of the loader's batch.
 
-    A float, as Lightning's ``sync_dist`` cuts the decimals off a mean of whole numbers.
+    A float, because Lightning's ``sync_dist`` cuts the decimals off a mean of whole numbers.
     """
     results = trainer._results
     if results is not None:
-        results.batch_size = float(samples)  # type: ignore[assignment]
+        results.batch_size = float(weight)  # type: ignore[assignment]
+
+
+def is_logged(trainer: pl.Trainer, name: str) -> bool:
+    """Return whether a hook of the module or a callback has logged something by this name since the epoch began."""
+    results = trainer._results
+    return results is not None and any(metric.meta.name == name for metric in results.values())
 
 
 def starts_scripts(trainer: pl.Trainer) -> bool:
@@ -97,17 +174,20 @@ def start_ranks_by(
 
 def _script_launcher(trainer: pl.Trainer) -> ModuleType | None:
     """Give the module of the launcher of scripts, that of the ``pytorch_lightning`` package if it is its trainer."""
-    for kind in type(trainer.strategy.launcher).__mro__:
-        if kind.__name__ == "_SubprocessScriptLauncher":
-            return sys.modules[kind.__module__]
-    return None
+    return _module_of(trainer.strategy.launcher, "_SubprocessScriptLauncher")
+
+
+def _module_of(value: Any, class_name: str) -> ModuleType | None:
+    """Return the module that defines the class of this name among those of a value."""
+    return next((sys.modules[cls.__module__] for cls in type(value).__mro__ if cls.__name__ == class_name), None)
 
 
 class StepLogs:
     """Makes ``self.log(..., on_step=True)`` show all micro-batches of a step, where Lightning shows the last one.
 
-    Means weigh by samples; sums, minima and maxima run over all micro-batches. What ``sync_dist`` asks for is done once
-    a step, over all micro-batches of all ranks, instead of at each (but for the first that a value is logged in).
+    Means weigh by samples; sums, minima and maxima run over all micro-batches; a torchmetrics object shows what it
+    would have computed of all of them. What ``sync_dist`` asks for is done once a step, over all micro-batches of all
+    ranks, instead of at each (but for the first that a value is logged in).
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -115,20 +195,44 @@ class StepLogs:
         self._before: dict[str, Any] = {}
         self._seen: dict[str, list[tuple[Tensor, float]]] = {}
         self._syncs: dict[str, tuple[Any, Any]] = {}
+        self._kept: dict[str, tuple[Any, Any]] | None = None
+        self._copies: dict[int, _OfOneStep] = {}  # of torchmetrics objects, by their id
+        self._has_begun = False
 
     def begin(self) -> None:
         """Put the values of the step before aside."""
         self.cancel()
+        if not self._has_begun:
+            self._has_begun = True
+            metrics = [m for m in self._trainer.lightning_module.modules() if isinstance(m, Metric)]
+            self._copies = {id(metric): _OfOneStep(metric) for metric in metrics}
+        for copied in self._copies.values():
+            copied.reset()
         self._seen, self._before = {}, {}
         for key, metric in self._metrics():
             self._before[key], metric._forward_cache = metric._forward_cache, None
             self._defer(key, metric)
 
-    def take(self, samples: float) -> None:
-        """Collect what a micro-batch logged."""
+    def put_aside(self) -> None:
+        """Remember the sums of the epoch, before a micro-batch that does not count."""
+        self._kept = {key: (m.value, getattr(m, "cumulated_batch_size", None)) for key, m in self._tensors()}
+
+    def take(self, weight: float) -> None:
+        """Collect what a micro-batch logged; of one that does not count leave out what is not finite."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            for key, metric in self._tensors():
+                if not metric.value.isfinite():
+                    if key not in kept:
+                        metric.reset()
+                        continue
+                    metric.value, size = kept[key]
+                    if size is not None:
+                        metric.cumulated_batch_size = size
         for key, metric in self._metrics():
             if metric._forward_cache is not None:
-                self._seen.setdefault(key, []).append((metric._forward_cache, samples))
+                if kept is None or metric._forward_cache.isfinite():
+                    self._seen.setdefault(key, []).append((metric._forward_cache, weight))
                 metric._forward_cache = None
             self._defer(key, metric)
 
@@ -140,12 +244,28 @@ class StepLogs:
                 metric._forward_cache = _merged(metric.meta, self._seen[key])
             elif metric._forward_cache is None:
                 metric._forward_cache = self._before.get(key)
+        for metric in list((self._trainer._results or {}).values()) if self._copies else ():
+            if not metric.is_tensor and (copied := self._copies.get(id(metric.value))):
+                if metric.meta.on_step:
+                    metric._forward_cache = copied.show()
+                else:
+                    copied.remove()
+                    del self._copies[id(metric.value)]
+        for copied in self._copies.values():
+            copied.show()  # to hooks that log it later
 
     def cancel(self) -> None:
         """Let Lightning synchronize again."""
         for metric, function in self._syncs.values():
-            metric.meta.sync._fn = function  # looked up anew: self.log copies a metric's meta
+            metric.meta.sync._fn = function  # looked up again: self.log copies a metric's meta
         self._syncs = {}
+
+    def close(self) -> None:
+        """Leave the torchmetrics objects as they were."""
+        self.cancel()
+        for copied in self._copies.values():
+            copied.remove()
+        self._copies, self._has_begun = {}, False
 
     def _defer(self, key: str, metric: Any) -> None:
         sync = metric.meta.sync
@@ -154,12 +274,47 @@ class StepLogs:
             sync._fn = sync.no_op
 
     def _metrics(self) -> list[tuple[str, Any]]:
+        return [(key, metric) for key, metric in self._tensors() if metric.meta.on_step]
+
+    def _tensors(self) -> list[tuple[str, Any]]:
         results = self._trainer._results
         return [
             (key, metric)
             for key, metric in (results.items() if results else ())
-            if metric.is_tensor and metric.meta.on_step and metric.meta.fx == "training_step"
+            if metric.is_tensor and metric.meta.fx == "training_step"
         ]
+
+
+class _OfOneStep:
+    """A copy of a torchmetrics object, which gets what that gets, but of one step only."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+        self._copy = metric.clone()
+        self._handle = metric.register_forward_hook(self._update, with_kwargs=True)
+        self.reset()
+
+    def _update(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._copy.update(*args, **kwargs)
+        self._has_seen = True
+
+    def reset(self) -> None:
+        if self._copy.device != self._metric.device:
+            self._copy.to(self._metric.device)
+        self._copy.reset()
+        self._has_seen = False
+
+    def show(self) -> Any:
+        """Give ``self.log`` the value of this rank's micro-batches, or of all ranks' with ``dist_sync_on_step``."""
+        if self._has_seen:
+            self._has_seen = False
+            synced = self._metric.dist_sync_on_step
+            # the method of the class, because that of the object synchronizes
+            self._metric._forward_cache = self._copy.compute() if synced else type(self._copy).compute(self._copy)
+        return self._metric._forward_cache
+
+    def remove(self) -> None:
+        self._handle.remove()
 
 
 def _merged(meta: Any, seen: list[tuple[Tensor, float]]) -> Tensor:

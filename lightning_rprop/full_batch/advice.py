@@ -11,19 +11,37 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def warn_of_batch_statistics(pl_module: pl.LightningModule) -> None:
-    """Warn of BatchNorm in training mode, where a full batch is made of several micro-batches."""
-    names = [name for name, m in pl_module.named_modules() if isinstance(m, _BATCH_NORMS) and m.training]
-    if names:
+def warn_of_micro_batches(pl_module: pl.LightningModule) -> None:
+    """Warn of what sees the micro-batches one by one, where a full batch is made of several."""
+    training = [(name, module) for name, module in pl_module.named_modules() if module.training]
+    if names := [name for name, module in training if isinstance(module, _BATCH_NORMS)]:
         rank_zero_warn(
             f"{_listed(names)} normalizes by the statistics of a micro-batch, not of all samples: the gradient depends "
             "on how the data are cut. Use LayerNorm or GroupNorm, put the layer in eval mode, or take the whole set at "
             "once on one device (micro_batch_size=None)"
         )
+    if names := [name for name, module in training if _is_spectral_norm(module)]:
+        rank_zero_warn(
+            f"{_listed(names)} improves its estimate of the spectral norm at each micro-batch, so that each has other "
+            "weights: the gradient depends on how the data are cut. Put the layer in eval mode, or take the whole set "
+            "at once on one device (micro_batch_size=None)"
+        )
+    if names := [name for name, param in pl_module.named_parameters() if param._backward_hooks]:
+        rank_zero_warn(
+            f"{_listed(names)} has a hook on its gradient, which gets the part of each micro-batch, scaled: a mask is "
+            "right, but what is not linear (clamping, signs, noise) is not. Do that in on_after_backward, which gets "
+            "the gradient of all samples"
+        )
+
+
+def _is_spectral_norm(layer: nn.Module) -> bool:
+    """Return whether a module is torch's parametrization, or has the hook of the older spectral_norm."""
+    hooks = (type(hook).__name__ for hook in layer._forward_pre_hooks.values())  # torch has no public names of these
+    return type(layer).__name__ == "_SpectralNorm" or "SpectralNorm" in hooks
 
 
 def warn_of_dropout(pl_module: pl.LightningModule) -> bool:
-    """Warn of dropout in training mode; tell whether there was some."""
+    """Warn of dropout in training mode, and return whether there was some."""
     names = [
         name
         for name, m in pl_module.named_modules()

@@ -1,4 +1,4 @@
-"""The Lightning side of full-batch training: at which hooks the evaluation runs, and what the optimizer gets."""
+"""The Lightning side of full-batch training: when a step begins and ends, and what is undone if it breaks off."""
 
 from __future__ import annotations
 
@@ -7,50 +7,69 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
-from lightning_rprop.agreement import check_agreement
+from lightning_rprop.agreement import check_agreement, compare
 from lightning_rprop.class_name import is_called
-from lightning_rprop.full_batch.advice import RandomnessCheck, warn_of_batch_statistics, warn_of_dropout
-from lightning_rprop.full_batch.evaluation import Evaluation, no_loss
+from lightning_rprop.full_batch.advice import warn_of_dropout, warn_of_micro_batches
+from lightning_rprop.full_batch.evaluation import Evaluation
 from lightning_rprop.full_batch.loader import FullBatchLoader
+from lightning_rprop.full_batch.samplers import in_order
 from lightning_rprop.full_batch.whole_step import Buffers, Interrupts, Snapshot
 from lightning_rprop.inside import innermost
+from lightning_rprop.lightning_private import (
+    evaluate_by,
+    forget_loader_state,
+    has_no_optimizer,
+    is_logged,
+    wrap_train_dataloader,
+)
 
 
 class FullBatch(Callback):
     """Make each optimizer step one over the whole data set: exact at any micro-batch size, on any number of ranks.
 
-    Wants a :class:`~lightning_rprop.FullBatchLoader` as the training data loader, automatic optimization and one
-    optimizer. The gradient at the optimizer's step is that of the mean loss over all samples of all ranks: each sample
-    counts once, however the samples are cut, and gradients are synchronized once an evaluation. The optimizer's closure
-    returns that mean loss, the same number on every rank; so iRprop+, ``max_iter`` and ``torch.optim.LBFGS`` are right.
+    Needs a :class:`~lightning_rprop.FullBatchLoader` as the training data loader (or ``take_over=True``), automatic
+    optimization and one optimizer. The gradient at the optimizer's step is that of the mean loss over all samples of
+    all ranks: each sample counts once, however the samples are cut, and gradients are synchronized once an evaluation.
+    The optimizer's closure returns that mean loss, the same number on every rank. Each call of the closure evaluates
+    the whole set, whoever makes it: iRprop+, ``max_iter``, ``torch.optim.LBFGS``, an ``optimizer_step`` that calls it
+    twice, or an optimizer that is set during the fit (``trainer.optimizers = [...]``).
 
-    training_step runs once for each micro-batch. ``self.log`` in it weighs by samples, over all micro-batches of a step
-    (``on_step``) and an epoch (``on_epoch``). Other callbacks see one batch a step, its first micro-batch, and in
-    ``on_after_backward`` the gradient of all. An optimizer that evaluates more than once a step runs training_step,
-    ``optimizer_zero_grad``, ``backward`` and the clipping of gradients again, and no other hook.
+    training_step runs once for each micro-batch. ``self.log`` in it weighs by samples, or by ``weight`` if that is
+    given, over all micro-batches of a step (``on_step``) and an epoch (``on_epoch``). Other hooks run once an
+    evaluation: ``on_before_zero_grad``, ``on_before_backward`` (with the loss of the first micro-batch),
+    ``on_after_backward``, ``on_before_optimizer_step`` and ``configure_gradient_clipping``, the last three with the
+    gradient of all samples. A hook on a parameter (``Tensor.register_hook``) gets the part of each micro-batch, scaled.
 
-    An exception or Ctrl-C leaves weights, buffers and optimizer as they were before the step, or as they are after it.
+    An exception or Ctrl-C leaves weights, buffers and optimizer as they were before the step, or as they are after it
+    (with DeepSpeed only the buffers), and the loader and the optimizer as they were before the fit. For that a step
+    begins with a copy of parameters, optimizer state and buffers, whose memory serves at all steps.
 
     Args:
         reduction: What the loss that training_step returns is of its samples: their ``"mean"``, or their ``"sum"``.
         weight: Gives what a micro-batch counts where that is not the number of its samples (tokens, entries of a mask):
             called with each micro-batch before it is moved to the device, returns a number or a tensor of one element.
-            With ``reduction="mean"`` the loss is a mean over that, and the full batch's the mean over all of it.
+            With ``reduction="mean"`` the loss is a mean over that, and the full batch's the mean over all of it. A
+            micro-batch of weight 0 has no part in loss, gradient and logs, even if its loss is NaN.
         log_as: Log the loss of each step by this name, once a step; ``None`` does not.
         prog_bar: Whether to show that in the progress bar.
+        take_over: Whether to replace the Trainer's training DataLoader by a FullBatchLoader around it, for packages
+            that build the DataLoader themselves. Its batches are the micro-batches, and an epoch is one step. A sampler
+            that shuffles is replaced by one that does not, with a warning.
 
     Raises:
         ValueError: If an argument is not one of its choices.
         MisconfigurationException: At the start of ``fit``, if the Trainer accumulates gradients, the module optimizes
-            manually or has several optimizers, the training data do not come from a FullBatchLoader, or DeepSpeed is to
-            clip gradients.
-        ValueError: At the start of ``fit``, if shapes, hyperparameters or numbers of samples differ between the ranks.
+            manually or has several optimizers or none, the training data do not come from a FullBatchLoader, or
+            DeepSpeed is to clip gradients; at the first step, if something else is logged as ``log_as``.
+        ValueError: At the start of ``fit``, if shapes, hyperparameters or data differ between the ranks.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -66,24 +85,35 @@ class FullBatch(Callback):
         weight: Callable[[Any], Any] | None = None,
         log_as: str | None = None,
         prog_bar: bool = False,
+        take_over: bool = False,
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         if weight is not None and not callable(weight):
             raise ValueError(f"weight must be a function of a micro-batch, or None, got {weight!r}")
+        if log_as is not None and (not isinstance(log_as, str) or not log_as):
+            raise ValueError(
+                f"log_as must be the name to log the loss by, such as 'train/loss', or None, got {log_as!r}"
+            )
+        for name, value in (("prog_bar", prog_bar), ("take_over", take_over)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         if prog_bar and log_as is None:
             raise ValueError("prog_bar=True shows the logged loss, got log_as=None: give it a name")
         self.reduction = reduction
         self.weight = weight
         self.log_as = log_as
         self.prog_bar = prog_bar
+        self.take_over = take_over
         self._fit: _Fit | None = None
+        self._put_back: list[Callable[[], None]] = []  # what undoes changes of the Trainer
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot be right, and come before all other callbacks."""
         if stage != "fit":
             return
+        self._close()  # whatever a fit has left that ended in a way of its own
         if trainer.accumulate_grad_batches != 1:
             raise MisconfigurationException(
                 "FullBatch takes all samples in one step, but accumulate_grad_batches is "
@@ -95,8 +125,13 @@ class FullBatch(Callback):
             )
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                "FullBatch needs automatic optimization, but the module has automatic_optimization=False: return the "
-                "loss from training_step, or loop over FullBatchLoader.micro_batches() yourself"
+                "FullBatch needs automatic optimization, but the module has automatic_optimization=False. Return the "
+                "loss from training_step; or leave FullBatch out, keep the FullBatchLoader in the module, give the "
+                "Trainer train_dataloaders=range(steps), and iterate over loader.micro_batches() in training_step"
+            )
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise MisconfigurationException(
+                "FullBatch calls training_step with each micro-batch, but it takes dataloader_iter: take a batch"
             )
         if trainer.strategy.handles_gradient_accumulation and not hasattr(trainer.strategy, "deepspeed_engine"):
             raise MisconfigurationException(
@@ -107,55 +142,46 @@ class FullBatch(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if sum(is_called(callback, "FullBatch") for callback in callbacks) > 1:
             raise MisconfigurationException("FullBatch is among the callbacks more than once: leave one")
-        # a new list, as the old one is being walked through; first, so that others see the gradient of all samples
+        # a new list, as the old one is being walked through; first, so that the others see a step that is made
         trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
+        if self.take_over:
+            self._put_back.append(wrap_train_dataloader(trainer, _taken_over))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse ranks whose hyperparameters differ."""
         check_agreement(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the loader and the optimizer's closure."""
-        if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"FullBatch needs one optimizer, but configure_optimizers returned {len(trainer.optimizers)}: give the "
-                "parameters to one, in groups with options of their own"
-            )
-        optimizer = trainer.optimizers[0]
-        if not isinstance(innermost(optimizer), Optimizer):
-            raise MisconfigurationException(f"FullBatch needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        loader = _take_over(trainer)
-        evaluation = Evaluation(trainer, pl_module, optimizer, loader, self.reduction, self.weight)
+        """Take care of the loader and of Lightning's closure."""
+        loader = _find_loader(trainer)
+        self._put_back.append(loader.release)
+        _share(trainer, loader, self.reduction)
+        evaluation = Evaluation(trainer, pl_module, loader, self.reduction, self.weight)
+        self._put_back.append(evaluation.close)
         if evaluation.engine is not None and (clip := evaluation.engine.gradient_clipping()):
             raise MisconfigurationException(
                 "DeepSpeed clips gradients before FullBatch has made them those of the mean loss, but "
                 f"gradient_clip_val is {clip}: leave it None; Rprop looks at signs, which stay the same"
             )
-        self._fit = _Fit(evaluation, optimizer, warned=warn_of_dropout(pl_module))
+        self._fit = _Fit(evaluation, self.log_as)
+        self._put_back.append(self._fit.close)
+        self._fit.serve()
+        self._put_back.append(evaluate_by(trainer, self._fit.evaluate))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the loader that ``reload_dataloaders_every_n_epochs`` made."""
+        """Take care of the loader that ``reload_dataloaders_every_n_epochs`` made."""
         if self._fit is not None and trainer.train_dataloader is not self._fit.evaluation.loader:
             self._fit.evaluation.loader.release()
-            self._fit.evaluation.attach(_take_over(trainer))
+            loader = _find_loader(trainer)
+            _share(trainer, loader, self.reduction)
+            self._fit.evaluation.attach(loader)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin a step."""
         if self._fit is not None:
-            self._fit.begin(batch_idx)
-
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Weigh the first micro-batch."""
-        if self._fit is not None:
-            self._fit.check_randomness()
-            self._fit.evaluation.weigh_first(loss)
-
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Run the other micro-batches: from here on the gradient is that of all samples."""
-        if self._fit is not None:
-            self._fit.evaluation.finish()
+            self._fit.begin()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -164,153 +190,200 @@ class FullBatch(Callback):
         if self._fit is None:
             return
         loss = self._fit.end()
-        outputs["loss"] = loss  # the dict that the other callbacks and the module get
+        if outputs is not None:
+            outputs["loss"] = loss  # the dict that the other callbacks and the module get
         if self.log_as is not None:
             pl_module.log(self.log_as, loss, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=1)
         self._fit.interrupts.release()
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the checkpoint be continued with any training data loader: each step of ours is the same pass."""
+        forget_loader_state(checkpoint)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Undo what was made of a step, before another callback saves it."""
+        """Undo what was made of a step, before another callback saves it; Lightning calls no ``teardown`` then."""
         if self._fit is not None:
             self._fit.undo()
+        self._close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave optimizer and loader as they were."""
-        if self._fit is not None:
-            self._fit.close()
-            self._fit = None
+        self._close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which takes no part in a fit that runs."""
+        return {**self.__dict__, "_fit": None, "_put_back": []}
+
+    def _close(self) -> None:
+        self._fit = None
+        while self._put_back:
+            self._put_back.pop()()
 
 
 class _Fit:
     """What FullBatch has while a Trainer fits."""
 
-    def __init__(self, evaluation: Evaluation, optimizer: Optimizer, warned: bool) -> None:
+    def __init__(self, evaluation: Evaluation, log_as: str | None) -> None:
         self.evaluation = evaluation
+        self.trainer = evaluation.trainer
+        self.log_as = log_as
         self.interrupts = Interrupts()
         self.buffers = Buffers(evaluation.pl_module)
-        self.snapshot: Snapshot | None = None
-        self.loss: Tensor | None = None
-        self.evaluations = 0
-        self.moves = _max_iter(optimizer)
-        self.randomness: RandomnessCheck | None = None
-        self.step = -1  # Lightning's count before the one that has begun
-        self.warned = warned
-        self.wrapped = False  # whether a step with our closure is running
+        self.snapshot = Snapshot()
+        self.optimizer: Any = None
+        self.loss: Tensor | None = None  # that the step began with
+        self.step: int | None = None  # Lightning's count before the step that has begun
+        self.has_stepped = False
+        self.take_loss: list[Any] = []
+        self.unserve: list[Callable[[], None]] = []
+
+    def serve(self) -> None:
+        """Take care of the Trainer's optimizer, which may be another one than at the step before."""
+        if len(self.trainer.optimizers) != 1:
+            raise MisconfigurationException(
+                f"FullBatch needs one optimizer, but the Trainer has {len(self.trainer.optimizers)}: give the "
+                "parameters to one, in groups with options of their own"
+            )
+        if has_no_optimizer(self.trainer):
+            raise MisconfigurationException(
+                "FullBatch needs an optimizer, but configure_optimizers returned None: return one, such as "
+                "lightning_rprop.Rprop(self.parameters())"
+            )
+        optimizer = self.trainer.optimizers[0]
+        inside = innermost(optimizer)
+        if not isinstance(inside, Optimizer):
+            raise MisconfigurationException(f"FullBatch needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.leave()
+        self.optimizer = optimizer
         # the one inside takes a loss where one that wraps it does not; DeepSpeed's has no hooks either
-        hooked = [each for each in {optimizer, innermost(optimizer)} if isinstance(each, Optimizer)]
+        hooked = [each for each in {optimizer, inside} if isinstance(each, Optimizer)]
         self.take_loss = [each for each in hooked if "loss" in inspect.signature(type(each).step).parameters]
-        self.hooks = [each.register_step_pre_hook(self.before_step) for each in hooked]
-        self.hooks += [each.register_step_post_hook(self.after_step) for each in hooked]
+        for each in hooked:
+            self.unserve.append(each.register_step_pre_hook(self.before_step).remove)
+        if hasattr(inside, "shared_loss"):
+            shared = inside.shared_loss
+            self.unserve.append(lambda: setattr(inside, "shared_loss", shared))
+            inside.shared_loss = True
 
-    def begin(self, batch_idx: int) -> None:
+    def leave(self) -> None:
+        while self.unserve:
+            self.unserve.pop()()
+
+    def begin(self) -> None:
         self.loss = None
-        self.evaluations = 0
-        self.wrapped = False
-        first, self.step = self.step < 0, self.evaluation.trainer.global_step
-        self.buffers.begin()
-        self.evaluation.begin(batch_idx)
-        if first and not self.evaluation.alone:
-            warn_of_batch_statistics(self.evaluation.pl_module)
-        if first and not self.warned:
-            self.randomness = RandomnessCheck(self.evaluation.trainer.strategy.root_device)
+        self.step = None
+        if not self.has_stepped:
+            self.evaluation.checks_randomness = not warn_of_dropout(self.evaluation.pl_module)
+        self.evaluation.begin()
+        self.take_copies()
+        self.step = self.trainer.global_step
 
-    def check_randomness(self) -> None:
-        if self.randomness is not None:
-            self.randomness.finish()
-            self.randomness = None
+    def take_copies(self) -> None:
+        self.buffers.take()
+        if self.evaluation.engine is None:  # DeepSpeed keeps what moves to itself
+            self.snapshot.take(self.trainer.optimizers[0])
+
+    def evaluate(self, arguments: tuple[Any, ...], batch_idx: int, backward: bool) -> tuple[Tensor, dict[str, Any]]:
+        """Evaluate the whole set, for whoever calls Lightning's closure."""
+        self.interrupts.release()
+        if self.trainer.optimizers[0] is not self.optimizer or len(self.trainer.optimizers) != 1:
+            self.serve()
+            if self.loss is None:
+                self.snapshot.take(self.optimizer)
+        loss, extra = self.evaluation.run(arguments, batch_idx, backward)
+        if not self.has_stepped:
+            self.has_stepped = True
+            if self.log_as is not None and is_logged(self.trainer, self.log_as):
+                raise MisconfigurationException(
+                    f"FullBatch(log_as={self.log_as!r}) logs the loss of all samples by a name that the module logs "
+                    "too: one would hide the other. Choose another name, or leave out one of the two"
+                )
+            if not self.evaluation.alone:
+                warn_of_micro_batches(self.evaluation.pl_module)
+        if self.loss is None:
+            self.loss = loss
+        self.interrupts.hold()
+        return loss, extra
 
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give the optimizer a closure that returns the loss of all samples; without a closure, the loss itself."""
+        """Give a step without a closure, as under a GradScaler, the loss if it takes one."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if self.wrapped:  # the step of a subclass calls its parent's
-            return args, kwargs
         if closure is None:
             if optimizer in self.take_loss and "loss" not in kwargs and self.evaluation.loss is not None:
                 kwargs = {**kwargs, "loss": self.evaluation.loss}
             if self.evaluation.engine is not None:
                 self.evaluation.bring_to_mean(optimizer)
-            self.interrupts.hold()
-            return args, kwargs
-        self.wrapped = True
-        return args[:1], {**kwargs, "closure": lambda: self.evaluate(closure)}
-
-    def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.wrapped = False
-
-    def evaluate(self, closure: Callable[[], Any]) -> Tensor:
-        self.interrupts.release()
-        self.evaluations += 1
-        if self.evaluations == 1:
-            closure()
-            self.loss = self.evaluation.loss
-            if self.moves > 1:
-                self.snapshot = Snapshot(self.evaluation.optimizer)
-        else:
-            with torch.enable_grad():
-                self.evaluation.again()
-        loss = self.evaluation.loss
-        if loss is None:
-            raise RuntimeError(no_loss())
-        self.interrupts.hold()
-        return loss
+        return args, kwargs
 
     def end(self) -> Tensor:
         """End a step, and return the loss that it began with."""
-        loss = self.evaluation.loss if self.loss is None else self.loss
-        if loss is None:
-            raise RuntimeError(no_loss())
-        self.moves = max(_max_iter(self.evaluation.optimizer), self.evaluations)
-        self.snapshot = None
-        self.buffers.end()
-        return loss
+        if self.loss is None:
+            raise RuntimeError(
+                "the optimizer's step did not call its closure, so nothing was evaluated. Call it in optimizer_step, "
+                "or use an optimizer that does"
+            )
+        self.step = None
+        return self.loss
 
     def undo(self) -> None:
-        if self.evaluation.trainer.global_step == self.step:  # else the step is made, and counted
-            if self.snapshot is not None:
-                self.snapshot.restore()
+        if self.step is not None and self.trainer.global_step == self.step:  # else the step is made, and counted
+            self.snapshot.restore()
             self.buffers.restore()
-        self.snapshot = None
-        self.evaluation.abandon()
-        self.interrupts.release(deliver=False)
+        self.step = None
 
     def close(self) -> None:
-        self.evaluation.abandon()
+        self.leave()
         self.evaluation.loader.release()
         self.interrupts.release(deliver=False)
-        for hook in self.hooks:
-            hook.remove()
 
 
-def _take_over(trainer: pl.Trainer) -> FullBatchLoader:
-    """Find the loader, and give this rank its share of the data."""
+def _taken_over(loader: Any) -> Any:
+    """Wrap a DataLoader that the Trainer would train with."""
+    if isinstance(loader, FullBatchLoader):
+        return loader
+    if isinstance(loader, DataLoader):
+        ordered = in_order(loader)
+        if ordered is not loader:
+            rank_zero_warn(
+                "FullBatch(take_over=True) reads the training DataLoader in order, where it would shuffle: a step over "
+                "all samples is the same in any order, but for its rounding"
+            )
+        return FullBatchLoader(ordered)
+    raise MisconfigurationException(
+        f"FullBatch(take_over=True) takes over one DataLoader, got {type(loader).__name__}: give the Trainer one "
+        "DataLoader, or a FullBatchLoader"
+    )
+
+
+def _find_loader(trainer: pl.Trainer) -> FullBatchLoader:
+    """Return the Trainer's training data loader, if it is the right one."""
     loader = trainer.train_dataloader
     if not isinstance(loader, FullBatchLoader):
         raise MisconfigurationException(
             f"FullBatch needs a FullBatchLoader as the training data loader, got {type(loader).__name__}: wrap the "
-            "data, as in FullBatchLoader(TensorDataset(x, y)) or FullBatchLoader(DataLoader(...))"
+            "data, as in FullBatchLoader(TensorDataset(x, y)) or FullBatchLoader(DataLoader(...)); where another "
+            "package makes the DataLoader use FullBatch(take_over=True)"
         )
     others = trainer.val_dataloaders
     if any(other is loader for other in (others if isinstance(others, list | tuple) else [others])):
         raise MisconfigurationException(
             "the training data loader is a validation data loader too: make another FullBatchLoader for the validation"
         )
-    samples = loader.num_samples
-    strategy = trainer.strategy
-    if samples is not None and trainer.world_size > 1:
-        counts = torch.tensor([samples, -samples], device=strategy.root_device)
-        most, least = strategy.reduce(counts, reduce_op="max").abs().tolist()
-        if most != least:
-            raise ValueError(
-                f"the ranks have different data: {samples} samples here, {least} to {most} on the others. Give every "
-                "rank the whole set, which FullBatchLoader shares out"
-            )
-    share = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-    loader.share(**share, device=strategy.root_device, convert=trainer.precision_plugin.convert_input)
     return loader
 
 
-def _max_iter(optimizer: Optimizer) -> int:
-    """How often a step moves, in the optimizers that say so."""
-    return int(optimizer.param_groups[0].get("max_iter") or 1)
+def _share(trainer: pl.Trainer, loader: FullBatchLoader, reduction: str) -> None:
+    """Give this rank its share of the data, which must be the same on all ranks."""
+    if trainer.world_size > 1:
+        compare(
+            trainer,
+            {"FullBatch's reduction": reduction, **loader.fingerprint()},
+            "the ranks have different data: {}. Give every rank the whole set, in the same order (seed a random "
+            "split), which FullBatchLoader shares out",
+        )
+    share = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+    loader.share(**share, device=trainer.strategy.root_device, convert=trainer.precision_plugin.convert_input)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
@@ -132,7 +133,45 @@ class Share(Sampler[Any]):
             yield from islice(self.items, 1)
 
 
-def share(loader: DataLoader[Any], rank: int, num_replicas: int) -> tuple[DataLoader[Any], int | None]:
+def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a DataLoader that reads the same samples without shuffling them; the same one if it does not shuffle."""
+    dataset, batches, sampler = loader.dataset, loader.batch_sampler, loader.sampler
+    if isinstance(dataset, IterableDataset):
+        return loader
+
+    def shuffles(sampler: Any) -> bool:
+        if type(sampler) is RandomSampler:
+            return not sampler.replacement and sampler.num_samples == len(dataset)  # type: ignore[arg-type]
+        return type(sampler) is DistributedSampler and sampler.shuffle
+
+    ordered = SequentialSampler(dataset)  # type: ignore[arg-type]
+    for name, given in (("batch_sampler", batches), ("sampler", sampler if batches is None else None)):
+        if type(given) is BatchSampler and shuffles(given.sampler):
+            return _with(loader, name, BatchSampler(ordered, given.batch_size, given.drop_last))
+        if shuffles(given):
+            return _with(loader, name, ordered)
+    return loader
+
+
+def batch_sizes(loader: DataLoader[Any]) -> list[int] | int | None:
+    """Return how many samples the DataLoader puts into each batch; a number at most; or None if that is unknown."""
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler or _iterates_by_itself(loader):
+        return None
+    if isinstance(loader.dataset, IterableDataset):
+        return batches.batch_size
+    full, rest = divmod(len(batches.sampler), batches.batch_size)  # type: ignore[arg-type]
+    return [batches.batch_size] * full + [rest] * (rest > 0)
+
+
+def _iterates_by_itself(loader: DataLoader[Any]) -> bool:
+    """Return whether its class makes batches in a way of its own, of which nobody knows how it uses the sampler."""
+    return any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in ("__iter__", "_get_iterator"))
+
+
+def share(
+    loader: DataLoader[Any], rank: int, num_replicas: int
+) -> tuple[DataLoader[Any], int | None, tuple[int, int] | None]:
     """Make the DataLoader of one rank's share of the batches.
 
     An IterableDataset, and a DistributedSampler that :func:`check_sampler` let pass, give each rank its own already.
@@ -143,7 +182,8 @@ def share(loader: DataLoader[Any], rank: int, num_replicas: int) -> tuple[DataLo
         num_replicas: How many ranks share the batches.
 
     Returns:
-        The DataLoader, and how many of its batches count; ``None`` for all.
+        The DataLoader; how many of its batches count, ``None`` for all; and ``(rank, num_replicas)`` where it gives all
+        batches, of which the rank has to pick its own.
 
     Raises:
         ValueError: If a DistributedSampler gives the share of another rank.
@@ -156,23 +196,17 @@ def share(loader: DataLoader[Any], rank: int, num_replicas: int) -> tuple[DataLo
                 f"the DataLoader's {type(sampler).__name__} gives rank {sampler.rank} of {sampler.num_replicas} its "
                 f"share, but this is rank {rank} of {num_replicas}. Use no sampler: the loader shares the data out"
             )
-        return loader, None
+        return loader, None, None
     if num_replicas == 1 or isinstance(loader.dataset, IterableDataset):
-        return loader, None
+        return loader, None, None
+    if _iterates_by_itself(loader):
+        return loader, None, (rank, num_replicas)
     part = Share(loader.sampler if batches is None else batches, rank, num_replicas)
-    cut: dict[str, Any] = {"batch_size": None, "sampler": part} if batches is None else {"batch_sampler": part}
-    same = {
-        name: getattr(loader, name)
-        for name in (
-            "num_workers",
-            "collate_fn",
-            "pin_memory",
-            "timeout",
-            "worker_init_fn",
-            "multiprocessing_context",
-            "generator",
-            "prefetch_factor",
-            "persistent_workers",
-        )
-    }
-    return DataLoader(loader.dataset, **cut, **same), part.counted
+    return _with(loader, "sampler" if batches is None else "batch_sampler", part), part.counted, None
+
+
+def _with(loader: DataLoader[Any], name: str, sampler: Any) -> DataLoader[Any]:
+    """Copy a DataLoader with all that its class and its user gave it, but another sampler."""
+    result = copy.copy(loader)
+    vars(result)[name] = sampler  # past DataLoader.__setattr__, which would not let it be set again
+    return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import signal
 import threading
 from collections.abc import Callable
@@ -9,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+
+from lightning_rprop.inside import innermost
+from lightning_rprop.optim.sharding import local
 
 
 class Interrupts:
@@ -43,57 +48,107 @@ class Interrupts:
             self.release()
 
 
-class Snapshot:
-    """Parameters and state of an optimizer before a step that moves more than once."""
+_signature = operator.attrgetter("shape", "dtype", "device")  # which `param.data = ...` changes
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.values = [p.detach().clone() for p in self.params]
-        self.state = {p: _copy(state) for p, state in optimizer.state.items()}
+
+class _Copies:
+    """Values of some tensors, kept in memory that serves again at the next step."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._signatures: list[Any] | None = []
+
+    @torch.no_grad()
+    def take(self, tensors: list[Tensor]) -> None:
+        """Copy the values of these tensors; those that a lazy module has not initialized yet are left out."""
+        tensors = [tensor for tensor in tensors if not is_lazy(tensor)]
+        signatures = [*map(_signature, tensors)]
+        if signatures == self._signatures and all(map(operator.is_, tensors, self._tensors)):
+            if tensors:
+                torch._foreach_copy_(self._values, [*map(local, tensors)])
+            return
+        self._tensors, self._values = [], []  # their memory first
+        self._values = [local(tensor).clone() for tensor in tensors]
+        self._tensors = tensors
+        is_dense = all(tensor.layout is torch.strided for tensor in tensors)  # sparse ones are cloned at each step
+        self._signatures = signatures if is_dense else None
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put them back."""
-        for param, value in zip(self.params, self.values, strict=True):
-            param.copy_(value)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(self.state)
+        """Put the values back."""
+        for tensor, value in zip(map(local, self._tensors), self._values, strict=True):
+            if tensor.shape == value.shape:  # else FSDP has gathered it for an evaluation, which moves nothing
+                tensor.copy_(value)
+
+
+class Snapshot:
+    """Parameters and state of an optimizer as they were before a step."""
+
+    def __init__(self) -> None:
+        self._copies = _Copies()
+        self._of: Optimizer | None = None
+        self._state: dict[Any, Any] = {}
+
+    def take(self, optimizer: Optimizer) -> None:
+        """Copy them before a step."""
+        self._of = None
+        of = innermost(optimizer)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        self._state = {param: {key: _copied(v) for key, v in state.items()} for param, state in of.state.items()}
+        tensors = [v for state in self._state.values() for v in state.values() if isinstance(v, Tensor)]
+        self._copies.take(params + tensors)
+        self._of = of
+
+    def restore(self) -> None:
+        """Put them back, if they were copied."""
+        if self._of is not None:
+            self._copies.restore()
+            self._of.state.clear()
+            self._of.state.update(self._state)
+            self._of = None
 
 
 class Buffers:
-    """The buffers that forward passes change, such as BatchNorm's statistics: those that the first step changed."""
+    """A module's buffers as they were before a step: their values, and which tensors they were.
+
+    All of them at each step, because nothing tells which will change: BatchNorm may be frozen at first, and its kernel
+    does not count versions. A step that uses a buffer reads it at least as often.
+
+    Args:
+        module: The module, whose submodules are those that it has now.
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._watched = list(module.buffers())
-        self._saved: list[Tensor] = []
-        self._all = True
+        self._homes = [each._buffers for each in module.modules()]  # named_buffers() walks the modules at each call
+        self._found: list[dict[str, Tensor | None]] = []
+        self._copies = _Copies()
 
-    def begin(self) -> None:
-        """Save them before a step."""
-        self._saved = [buffer.detach().clone() for buffer in self._watched]
+    def take(self) -> None:
+        """Copy them before a step."""
+        self._found = []
+        found = [home.copy() for home in self._homes]
+        self._copies.take([buffer for home in found for buffer in home.values() if buffer is not None])
+        self._found = found
 
-    def end(self) -> None:
-        """Keep what the step made of them."""
-        if self._all:  # by value: BatchNorm's kernel does not count versions
-            pairs = zip(self._watched, self._saved, strict=True)
-            self._watched = [buffer for buffer, value in pairs if not torch.equal(buffer, value)]
-            self._all = False
-        self._saved = []
-
-    @torch.no_grad()
     def restore(self) -> None:
-        """Put them back, if a step has begun."""
-        for buffer, value in zip(self._watched, self._saved, strict=False):
-            buffer.copy_(value)
-        self._saved = []
+        """Put them back, if they were copied."""
+        if self._found:
+            for home, found in zip(self._homes, self._found, strict=True):
+                home.clear()
+                home.update(found)
+            self._copies.restore()
+            self._found = []
 
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
+def _copied(value: Any) -> Any:
+    """Copy what a step may change in a state, other than the values of tensors that lie in it directly."""
     if isinstance(value, dict):
-        return {key: _copy(v) for key, v in value.items()}
+        return {key: _cloned(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copy(v) for v in value)
+        return type(value)(map(_cloned, value))
     return value
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else _copied(value)
