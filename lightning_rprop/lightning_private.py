@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,10 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_rprop.class_name import is_called
+
+
+# Classes whose hooks do nothing, or what Lightning does by default.
+_HAVE_EMPTY_HOOKS = frozenset({"Callback", "ModelHooks", "LightningModule"})
 
 
 def logged_step(trainer: pl.Trainer) -> int:
@@ -107,11 +111,15 @@ def run_hook(trainer: pl.Trainer, name: str, *args: Any) -> None:
     run_module_hook(trainer, name, *args)
 
 
-def is_hook_overridden(trainer: pl.Trainer, name: str) -> bool:
-    """Return whether the module or a callback overrides a hook; both packages define it in classes of these names."""
-    empty = (f"Callback.{name}", f"ModelHooks.{name}")
+def overridden_hooks(trainer: pl.Trainer, names: Iterable[str]) -> set[str]:
+    """Return which of these hooks the module or a callback overrides; both packages define them in these classes."""
     owners = (trainer.lightning_module, *trainer.callbacks)  # type: ignore[attr-defined]
-    return any(getattr(getattr(owner, name), "__qualname__", "") not in empty for owner in owners)
+    functions = {name: [getattr(owner, name) for owner in owners if hasattr(owner, name)] for name in names}
+    return {
+        name
+        for name, found in functions.items()
+        if any(getattr(f, "__qualname__", "").removesuffix(f".{name}") not in _HAVE_EMPTY_HOOKS for f in found)
+    }
 
 
 def before_batch_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:

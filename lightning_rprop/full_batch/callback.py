@@ -165,7 +165,7 @@ class FullBatch(Callback):
             )
         self._fit = _Fit(evaluation, self.log_as)
         self._put_back.append(self._fit.close)
-        self._fit.serve()
+        self._fit.follow()
         self._put_back.append(evaluate_by(trainer, self._fit.evaluate))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -233,14 +233,21 @@ class _Fit:
         self.buffers = Buffers(evaluation.pl_module)
         self.snapshot = Snapshot()
         self.optimizer: Any = None
+        self.inside: Any = None  # which makes the moves of the optimizer
         self.loss: Tensor | None = None  # that the step began with
         self.step: int | None = None  # Lightning's count before the step that has begun
         self.has_stepped = False
         self.take_loss: list[Any] = []
         self.unserve: list[Callable[[], None]] = []
 
+    def follow(self) -> bool:
+        """Take care of the Trainer's optimizer; return whether it is another one than before."""
+        if [*map(id, self.trainer.optimizers)] == [id(self.optimizer)]:
+            return False
+        self.serve()
+        return True
+
     def serve(self) -> None:
-        """Take care of the Trainer's optimizer, which may be another one than at the step before."""
         if len(self.trainer.optimizers) != 1:
             raise MisconfigurationException(
                 f"FullBatch needs one optimizer, but the Trainer has {len(self.trainer.optimizers)}: give the "
@@ -256,7 +263,7 @@ class _Fit:
         if not isinstance(inside, Optimizer):
             raise MisconfigurationException(f"FullBatch needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.leave()
-        self.optimizer = optimizer
+        self.optimizer, self.inside = optimizer, inside
         # the one inside takes a loss where one that wraps it does not; DeepSpeed's has no hooks either
         hooked = [each for each in {optimizer, inside} if isinstance(each, Optimizer)]
         self.take_loss = [each for each in hooked if "loss" in inspect.signature(type(each).step).parameters]
@@ -274,6 +281,7 @@ class _Fit:
     def begin(self) -> None:
         self.loss = None
         self.step = None
+        self.follow()
         if not self.has_stepped:
             self.evaluation.checks_randomness = not warn_of_dropout(self.evaluation.pl_module)
         self.evaluation.begin()
@@ -283,15 +291,13 @@ class _Fit:
     def take_copies(self) -> None:
         self.buffers.take()
         if self.evaluation.engine is None:  # DeepSpeed keeps what moves to itself
-            self.snapshot.take(self.trainer.optimizers[0])
+            self.snapshot.take(self.optimizer, self.inside)
 
     def evaluate(self, arguments: tuple[Any, ...], batch_idx: int, backward: bool) -> tuple[Tensor, dict[str, Any]]:
         """Evaluate the whole set, for whoever calls Lightning's closure."""
         self.interrupts.release()
-        if self.trainer.optimizers[0] is not self.optimizer or len(self.trainer.optimizers) != 1:
-            self.serve()
-            if self.loss is None:
-                self.snapshot.take(self.optimizer)
+        if self.follow() and self.loss is None:
+            self.take_copies()
         loss, extra = self.evaluation.run(arguments, batch_idx, backward)
         if not self.has_stepped:
             self.has_stepped = True

@@ -19,7 +19,7 @@ from lightning_rprop.full_batch.sources import renewed
 from lightning_rprop.lightning_private import (
     StepLogs,
     before_batch_transfer,
-    is_hook_overridden,
+    overridden_hooks,
     run_hook,
     run_module_hook,
     run_training_step,
@@ -31,7 +31,7 @@ from lightning_rprop.optim.sharding import is_sharded, is_slice, local, whole
 _NOTHING = 1e-20
 
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-_CLOSURE_HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward")
+_CLOSURE_HOOKS = ("on_before_zero_grad", "optimizer_zero_grad", "on_before_backward", "on_after_backward")
 
 
 class Evaluation:
@@ -76,7 +76,7 @@ class Evaluation:
             if self.engine is None
             else partial(_not_last, self.engine)
         )
-        self.hooks: frozenset[str] = frozenset()  # of the closure, that somebody overrides
+        self.hooks: set[str] = set()  # of the closure, that somebody overrides
         self.attach(loader)
 
     def attach(self, loader: FullBatchLoader) -> None:
@@ -95,7 +95,7 @@ class Evaluation:
         if not self.loader.has_begun:
             raise RuntimeError("FullBatch found that the Trainer's batch does not come from its FullBatchLoader")
         self.loss = None
-        self.hooks = frozenset(name for name in _CLOSURE_HOOKS if is_hook_overridden(self.trainer, name))
+        self.hooks = overridden_hooks(self.trainer, _CLOSURE_HOOKS)
 
     def run(self, arguments: tuple[Any, ...], batch_idx: int, backward: bool) -> tuple[Tensor, dict[str, Any]]:
         """Evaluate the whole set, as Lightning's closure does a batch.
@@ -184,7 +184,12 @@ class Evaluation:
     def _zero_grad(self, optimizer: Optimizer, batch_idx: int) -> None:
         if "on_before_zero_grad" in self.hooks:
             run_hook(self.trainer, "on_before_zero_grad", optimizer)
-        run_module_hook(self.trainer, "optimizer_zero_grad", self.trainer.current_epoch, batch_idx, optimizer)
+        if "optimizer_zero_grad" in self.hooks or type(optimizer).zero_grad is not Optimizer.zero_grad:
+            run_module_hook(self.trainer, "optimizer_zero_grad", self.trainer.current_epoch, batch_idx, optimizer)
+        else:  # what that does, in a tenth of the time
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = None
 
     def _take(self, loss: Tensor, weight: float) -> float:
         """Add a loss to the sum, and return the factor of its gradient."""
@@ -238,7 +243,7 @@ class Evaluation:
             self._average(backward)
         if not self.alone:
             self.logs.end()
-        weigh_logs(self.trainer, self._log_weights or _NOTHING)
+            weigh_logs(self.trainer, self._log_weights or _NOTHING)
 
     @torch.no_grad()
     def _average(self, backward: bool) -> None:

@@ -427,6 +427,8 @@ def _mapped(data: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function to each leaf; containers are made again."""
     if isinstance(data, Tensor):
         return function(data)
+    if type(data) in (tuple, list):
+        return type(data)([_mapped(value, function) for value in data])
     if isinstance(data, Mapping):
         result: Any = copy.copy(data) if isinstance(data, MutableMapping) else dict(data)
         for key, value in data.items():

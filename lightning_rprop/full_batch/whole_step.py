@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_rprop.inside import innermost
+from lightning_rprop.optim.fused import PLAIN
 from lightning_rprop.optim.sharding import local
 
 
@@ -62,14 +62,15 @@ class _Copies:
     @torch.no_grad()
     def take(self, tensors: list[Tensor]) -> None:
         """Copy the values of these tensors; those that a lazy module has not initialized yet are left out."""
-        tensors = [tensor for tensor in tensors if not is_lazy(tensor)]
+        if not PLAIN.issuperset(map(type, tensors)):
+            tensors = [local(tensor) for tensor in tensors if not is_lazy(tensor)]
         signatures = [*map(_signature, tensors)]
         if signatures == self._signatures and all(map(operator.is_, tensors, self._tensors)):
             if tensors:
-                torch._foreach_copy_(self._values, [*map(local, tensors)])
+                torch._foreach_copy_(self._values, tensors)
             return
         self._tensors, self._values = [], []  # their memory first
-        self._values = [local(tensor).clone() for tensor in tensors]
+        self._values = [tensor.clone() for tensor in tensors]
         self._tensors = tensors
         is_dense = all(tensor.layout is torch.strided for tensor in tensors)  # sparse ones are cloned at each step
         self._signatures = signatures if is_dense else None
@@ -77,7 +78,7 @@ class _Copies:
     @torch.no_grad()
     def restore(self) -> None:
         """Put the values back."""
-        for tensor, value in zip(map(local, self._tensors), self._values, strict=True):
+        for tensor, value in zip(self._tensors, self._values, strict=True):
             if tensor.shape == value.shape:  # else FSDP has gathered it for an evaluation, which moves nothing
                 tensor.copy_(value)
 
@@ -88,17 +89,28 @@ class Snapshot:
     def __init__(self) -> None:
         self._copies = _Copies()
         self._of: Optimizer | None = None
-        self._state: dict[Any, Any] = {}
+        self._state: list[tuple[Any, dict[Any, Any]]] = []
 
-    def take(self, optimizer: Optimizer) -> None:
-        """Copy them before a step."""
+    def take(self, optimizer: Any, inside: Optimizer) -> None:
+        """Copy them before a step.
+
+        Args:
+            optimizer: Has the parameters.
+            inside: Has the state: the optimizer that it wraps, or itself.
+        """
         self._of = None
-        of = innermost(optimizer)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        self._state = {param: {key: _copied(v) for key, v in state.items()} for param, state in of.state.items()}
-        tensors = [v for state in self._state.values() for v in state.values() if isinstance(v, Tensor)]
-        self._copies.take(params + tensors)
-        self._of = of
+        tensors = [param for group in optimizer.param_groups for param in group["params"]]
+        self._state = []
+        for param, state in inside.state.items():
+            mine = dict(state)
+            self._state.append((param, mine))
+            for key, value in state.items():
+                if type(value) in PLAIN or isinstance(value, Tensor):
+                    tensors.append(value)
+                else:
+                    mine[key] = _copied(value)
+        self._copies.take(tensors)
+        self._of = inside
 
     def restore(self) -> None:
         """Put them back, if they were copied."""
@@ -142,13 +154,10 @@ class Buffers:
 
 
 def _copied(value: Any) -> Any:
-    """Copy what a step may change in a state, other than the values of tensors that lie in it directly."""
+    if isinstance(value, Tensor):
+        return value.clone()
     if isinstance(value, dict):
-        return {key: _cloned(v) for key, v in value.items()}
+        return {key: _copied(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_cloned, value))
+        return type(value)(map(_copied, value))
     return value
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else _copied(value)
