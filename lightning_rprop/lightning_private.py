@@ -21,7 +21,6 @@ from torchmetrics import Metric
 
 from lightning_rprop.class_name import is_called
 
-
 # Classes whose hooks do nothing, or what Lightning does by default.
 _HAVE_EMPTY_HOOKS = frozenset({"Callback", "ModelHooks", "LightningModule"})
 

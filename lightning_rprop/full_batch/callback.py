@@ -327,11 +327,7 @@ class _Fit:
 
     def end(self) -> Tensor:
         """End a step, and return the loss that it began with."""
-        if self.loss is None:
-            raise RuntimeError(
-                "the optimizer's step did not call its closure, so nothing was evaluated. Call it in optimizer_step, "
-                "or use an optimizer that does"
-            )
+        assert self.loss is not None  # Lightning refuses an optimizer_step that does not call its closure
         self.step = None
         return self.loss
 
