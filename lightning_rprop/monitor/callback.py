@@ -257,11 +257,13 @@ class StepSizeMonitor(Callback):
         self._release()
 
     def _release(self) -> None:
-        self._listing, self._looks = Listing(), {}
+        self.__dict__ = self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the parameters and optimizers of a running fit out of a copy or a pickle."""
-        return self.__dict__ | {"_listing": Listing(), "_looks": {}}
+        # Lightning sets these two on every callback, bound to the module
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return kept | {"_listing": Listing(), "_looks": {}}
 
     @property
     def state_key(self) -> str:
