@@ -158,7 +158,7 @@ class StepSizeMonitor(Callback):
         if any(is_called(optimizer, "DeepSpeedOptimizer") for optimizer in trainer.optimizers):
             raise MisconfigurationException(
                 "StepSizeMonitor cannot tell apart the step sizes of parameters that DeepSpeed's ZeRO has joined, with "
-                "padding. Remove the callback, or use a strategy that leaves parameters as they are ('ddp', 'fsdp', "
+                "padding: remove the callback, or use a strategy that leaves parameters as they are ('ddp', 'fsdp', "
                 "ModelParallelStrategy)"
             )
         _check_agreement(trainer)
