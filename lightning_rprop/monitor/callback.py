@@ -133,6 +133,7 @@ class StepSizeMonitor(Callback):
         self._history, self._validations = History(), History()
         self._listing = Listing()
         self._plan = Plan(self.statistics, self.per_group, frozenset(), self.histogram)
+        self._is_watched = False  # by a callback
         self._is_epoch_measured = False  # the last step of this epoch
         self._is_logged = self._is_measured = False  # the step of this batch
         self._looks: dict[int, Look] = {}  # of the optimizers that step in this batch
@@ -190,6 +191,8 @@ class StepSizeMonitor(Callback):
         self._begin_epoch(trainer)
 
     def _begin_epoch(self, trainer: pl.Trainer) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._is_watched = any(_is_ours(getattr(callback, "monitor", None)) for callback in callbacks)
         self._is_epoch_measured = self.logging_interval == "epoch" or trainer.current_epoch + 1 == trainer.max_epochs
 
     def on_train_batch_start(
@@ -199,7 +202,9 @@ class StepSizeMonitor(Callback):
         step = logged_step(trainer)
         self._steps = step - self._first_step
         self._is_logged = self._interval > 0 and (step + 1) % self._interval == 0
-        self._is_measured = self._is_logged or _is_watched(trainer) or self._ends(trainer)
+        self._is_measured = self._is_logged or self._is_watched or self._ends(trainer)
+        for config in trainer.lr_scheduler_configs:  # they may have come with an optimizer since the epoch began
+            self._is_measured |= _is_ours(config.monitor)
         if self._is_measured:
             self._steps_before = trainer.global_step
             self._looks = {}
@@ -370,11 +375,9 @@ class StepSizeMonitor(Callback):
         self._advice.of_record(record, step, half=str(trainer.precision).startswith("16"))
 
 
-def _is_watched(trainer: pl.Trainer) -> bool:
-    """Return whether a callback or a scheduler monitors one of our keys."""
-    monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    monitors += [config.monitor for config in trainer.lr_scheduler_configs]
-    return any(isinstance(key, str) and key.startswith(PREFIX) for key in monitors)
+def _is_ours(key: Any) -> bool:
+    """Return whether a callback or a scheduler that monitors this key monitors one of ours."""
+    return isinstance(key, str) and key.startswith(PREFIX)
 
 
 def _check_agreement(trainer: pl.Trainer) -> None:
