@@ -384,6 +384,16 @@ def test_with_full_batch_the_gradient_of_all_samples_and_its_loss(tmp_path):
     assert drawn[: len(losses)] == pytest.approx(losses, **FLOAT32)
 
 
+def test_last_evaluation_of_a_step_counts(tmp_path):
+    log, truth = Recorder(), Truth()
+    callback = monitor(every_n_steps=1)
+    fit = trainer(tmp_path, [truth, callback], logger=log, max_epochs=1)
+    fit.fit(Net(lambda module: Rprop(module.parameters(), lr=0.1, step_sizes=BOUNDS, max_iter=4)), Batches(5))
+    assert [step for step, _ in log.records()] == [*range(5)]
+    for step, metrics in log.records():
+        assert metrics == pytest.approx(truth.expected(step, bounds=BOUNDS), **CLOSE)
+
+
 def test_names_without_the_compilers_prefix(tmp_path):
     log = Recorder()
     module = Net(ours)
