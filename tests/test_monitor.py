@@ -384,6 +384,16 @@ def test_with_full_batch_the_gradient_of_all_samples_and_its_loss(tmp_path):
     assert drawn[: len(losses)] == pytest.approx(losses, **FLOAT32)
 
 
+def test_last_evaluation_of_a_step_counts(tmp_path):
+    log, truth = Recorder(), Truth()
+    callback = monitor(every_n_steps=1)
+    fit = trainer(tmp_path, [truth, callback], logger=log, max_epochs=1)
+    fit.fit(Net(lambda module: Rprop(module.parameters(), lr=0.1, step_sizes=BOUNDS, max_iter=4)), Batches(5))
+    assert [step for step, _ in log.records()] == [*range(5)]
+    for step, metrics in log.records():
+        assert metrics == pytest.approx(truth.expected(step, bounds=BOUNDS), **CLOSE)
+
+
 def test_names_without_the_compilers_prefix(tmp_path):
     log = Recorder()
     module = Net(ours)
@@ -391,46 +401,6 @@ def test_names_without_the_compilers_prefix(tmp_path):
     callback = monitor(per_parameter=True, statistics=["mean"])
     trainer(tmp_path, [callback], logger=log, log_every_n_steps=1, max_epochs=1).fit(module, Batches(1))
     assert {f"step_size/{name}/mean" for name in NAMES} == log.records()[0][1].keys() - {"step_size/mean"}
-
-
-@pytest.mark.parametrize("make", [lambda m: torch.optim.SGD(m.parameters(), lr=0.1), lambda m: None])
-@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
-def test_no_rprop_is_an_error_before_training(make, tmp_path):
-    fit = trainer(tmp_path, [monitor()])
-    with pytest.raises(
-        MisconfigurationException, match=r"needs an Rprop optimizer, .*returned: .*Return lightning_rprop"
-    ):
-        fit.fit(Net(make), Batches(1))
-    assert fit.global_step == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"logging_interval": "batch"}, "logging_interval must be 'step', 'epoch' or None, got 'batch'"),
-        ({"every_n_steps": 0}, "every_n_steps must be a number of steps >= 1, or None, got 0"),
-        (
-            {"every_n_steps": 5, "logging_interval": "epoch"},
-            "every_n_steps=5 needs logging_interval='step', got 'epoch'",
-        ),
-        (
-            {"statistics": ["mean", "mode"]},
-            r"statistics must be a list of some of mean, min, .* or quantiles such as 'q10', got \['mean', 'mode'\]",
-        ),
-        ({"statistics": ["q101"]}, r"quantiles such as 'q10', got \['q101'\]"),
-        ({"statistics": ["q-1"]}, r"quantiles such as 'q10', got \['q-1'\]"),
-        ({"statistics": "mean"}, "statistics must be a list of some of .*, got 'mean'"),
-        ({"statistics": []}, r"statistics must be a list of some of .*, got \[\]"),
-        ({"per_parameter": 3}, "per_parameter must be True, False, or patterns of parameters' names, got 3"),
-        ({"prog_bar": ["median"]}, r"prog_bar must be a list of some of statistics=\['mean', .*got \['median'\]"),
-        ({"prog_bar": True}, "prog_bar must be a list .*, got True"),
-        ({"silence": ["all"]}, r"silence must be a list of some of no_logger, lr_scheduler, .*, got \['all'\]"),
-        ({"silence": "lr_scheduler"}, "silence must be a list of some of .*, got 'lr_scheduler'"),
-    ],
-)
-def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        StepSizeMonitor(**options)
 
 
 def test_in_the_trainer_of_pytorch_lightning(tmp_path):

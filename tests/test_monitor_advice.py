@@ -1,4 +1,4 @@
-"""What StepSizeMonitor warns of: once each, with the remedy, and not without cause."""
+"""What StepSizeMonitor warns about: each once, with the remedy, and only with reason."""
 
 import re
 import warnings
@@ -20,6 +20,8 @@ REMEDIES = {
     "lower_bound": "100% of the step sizes are at their lower bound, 0.1: .*converged, or is stuck.*Stop it",
     "upper_bound": "100% of the step sizes are at their upper bound, 0.1: .*Raise the bound",
     "zero_gradients": "of the float16 gradients are exactly zero.*scale the loss up",
+    "no_rprop": r"configure_optimizers returned: torch\.optim\.sgd\.SGD.*Return lightning_rprop\.Rprop",
+    "no_record": r"log_every_n_steps=0.*Set StepSizeMonitor\(every_n_steps=1\)",
 }
 
 
@@ -79,6 +81,10 @@ def case(topic):
     elif topic == "zero_gradients":
         module = Underflowing(options())
         how["precision"] = "16-true"
+    elif topic == "no_rprop":
+        module = Net(lambda module: torch.optim.SGD(module.parameters()))
+    elif topic == "no_record":
+        how["log_every_n_steps"] = 0
     return module, batches, how
 
 

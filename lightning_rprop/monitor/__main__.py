@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from lightning_rprop.monitor.plot import plot_run, save
+from lightning_rprop.monitor.plot import plot_run, printable, save
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         fig, _ = plot_run(arguments.run_folder)
         save(fig, arguments.output)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError, ImportError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
-    print(arguments.output)
+    print(printable(arguments.output))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Warnings where users of Rprop go wrong, each once a run, each with its remedy."""
+"""Warnings about common mistakes with Rprop, each given once per run and with its remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_rprop.monitor.optimizers import find_rprop
 from lightning_rprop.monitor.record import Record
 
-# What is warned of; any may be silenced.
+# The topics of the warnings; each can be silenced.
 TOPICS = (
     "no_logger",
     "lr_scheduler",
@@ -21,6 +21,8 @@ TOPICS = (
     "lower_bound",
     "upper_bound",
     "zero_gradients",
+    "no_rprop",
+    "no_record",
 )
 
 # When signs change too often, of those that can be compared: nearly all of them in a few records, or nearly half, as in
@@ -33,11 +35,51 @@ _NEARLY_ALL = 0.95
 _MANY_ZEROS = 0.1
 
 
-class Advice:
-    """Says each thing once.
+def why_no_record(steps: int | None, interval: int, has_rprop: bool, is_by_epoch: bool) -> str:
+    """Explain why there is no record, and what to change.
 
     Args:
-        silence: topics not to speak of.
+        steps: Optimizer steps that were made, ``None`` before any training.
+        interval: Steps from one record to the next, 0 for none.
+        has_rprop: Whether an optimizer was an Rprop.
+        is_by_epoch: Whether records are made at the end of each epoch instead.
+    """
+    if steps is None or (interval and not steps):
+        return (
+            "StepSizeMonitor has seen no optimizer step in this process. Pass it to Trainer(callbacks=[monitor]) and "
+            "call fit"
+        )
+    if not interval and not is_by_epoch:
+        return (
+            "StepSizeMonitor makes no records, because Trainer(log_every_n_steps=0) turns logging off. Set "
+            "StepSizeMonitor(every_n_steps=1), or a larger interval"
+        )
+    if not has_rprop:
+        return (
+            "StepSizeMonitor found no Rprop among the optimizers. Return lightning_rprop.Rprop(...) or "
+            "torch.optim.Rprop(...) from configure_optimizers"
+        )
+    if is_by_epoch:
+        return (
+            "StepSizeMonitor records at the end of an epoch, and found no step sizes there. Check that an epoch ended "
+            "and that training_step returns a loss, or set every_n_steps instead of logging_interval='epoch'"
+        )
+    if steps < interval:
+        return (
+            f"StepSizeMonitor recorded none of the {steps} steps, because it records every {interval} steps. Set "
+            f"StepSizeMonitor(every_n_steps={max(steps // 10, 1)}), for example"
+        )
+    return (
+        f"StepSizeMonitor found no step sizes at the steps it records, every {interval}. Check that training_step "
+        "returns a loss, or set a smaller every_n_steps"
+    )
+
+
+class Advice:
+    """Give each warning once.
+
+    Args:
+        silence: Topics to leave out.
     """
 
     def __init__(self, silence: Iterable[str]) -> None:
@@ -48,15 +90,24 @@ class Advice:
         self.step = -_STEPS_APART  # of the last of those
 
     def at_start(self, trainer: pl.Trainer) -> None:
-        """Look at how the Trainer is set up."""
+        """Check how the Trainer is set up."""
         if not trainer.loggers:
             self._say(
                 "no_logger",
-                "StepSizeMonitor has no logger to write to: its values go to callback_metrics alone. "
+                "StepSizeMonitor has no logger to write to, so its values only go to callback_metrics. "
                 "Give the Trainer one, for example logger=CSVLogger('logs')",
             )
+        if not any(find_rprop(optimizer) for optimizer in trainer.optimizers):
+            found = ", ".join(f"{type(o).__module__}.{type(o).__qualname__}" for o in trainer.optimizers) or "none"
+            self._say(
+                "no_rprop",
+                f"StepSizeMonitor needs an Rprop optimizer, but configure_optimizers returned: {found}. Return "
+                "lightning_rprop.Rprop(...) or torch.optim.Rprop(...), or switch to one later; nothing is recorded "
+                "until then",
+            )
+            return
         for config in trainer.lr_scheduler_configs:
-            scheduled = getattr(config.scheduler, "optimizer", None)  # a scheduler of one's own need not have it
+            scheduled = getattr(config.scheduler, "optimizer", None)  # a custom scheduler may have none
             if scheduled is not None and find_rprop(scheduled) is not None:
                 self._say(
                     "lr_scheduler",
@@ -70,13 +121,23 @@ class Advice:
                 "gradient and not at its size. Leave it out; step_sizes=(min, max) bounds the steps",
             )
 
-    def of_record(self, record: Record, step: int, half: bool) -> None:
-        """Look at a record.
+    def of_no_record(self, trainer: pl.Trainer, reason: str) -> None:
+        """Warn that a run leaves no record.
 
         Args:
-            record: what was measured.
-            step: after which optimizer step.
-            half: whether all gradients were computed in float16.
+            trainer: The Trainer. A run that only tries the code (``fast_dev_run``) is not warned about.
+            reason: From :func:`why_no_record`.
+        """
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._say("no_record", reason)
+
+    def of_record(self, record: Record, step: int, half: bool) -> None:
+        """Check a record.
+
+        Args:
+            record: The record.
+            step: The optimizer step after which it was measured.
+            half: Whether all gradients were computed in float16.
         """
         values = record.total
         if self._is_noisy(values, step):
@@ -122,11 +183,11 @@ class Advice:
         return many or self.in_a_row >= _FEW
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what was said, for a checkpoint."""
+        """Return what was said, for a checkpoint."""
         return {"said": sorted(self.said), "in_a_row": self.in_a_row, "changes": [*self.changes], "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it from a checkpoint."""
+        """Restore it from a checkpoint."""
         self.said, self.in_a_row, self.step = set(state["said"]), state["in_a_row"], state["step"]
         self.changes = deque(state["changes"], maxlen=_MANY)
 

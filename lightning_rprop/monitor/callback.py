@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,11 +16,18 @@ from lightning.pytorch.callbacks import Callback
 from lightning_rprop.agreement import check_agreement
 from lightning_rprop.class_name import is_called
 from lightning_rprop.lightning_private import logged_step
-from lightning_rprop.monitor.advice import TOPICS, Advice
+from lightning_rprop.monitor.advice import TOPICS, Advice, why_no_record
+from lightning_rprop.monitor.arguments import (
+    check_choice,
+    check_flag,
+    check_interval,
+    check_patterns,
+    check_statistics,
+)
 from lightning_rprop.monitor.history import History
 from lightning_rprop.monitor.loggers import send
-from lightning_rprop.monitor.names import DEFAULT, PREFIX, STATISTICS, key_of, quantile_of
-from lightning_rprop.monitor.optimizers import Row, are_shared_out, find_rprop, list_rows
+from lightning_rprop.monitor.names import DEFAULT, PREFIX, key_of
+from lightning_rprop.monitor.optimizers import Listing, find_rprop, plain_name
 from lightning_rprop.monitor.record import Look, Plan, Record, look, measure
 
 if TYPE_CHECKING:
@@ -61,10 +68,13 @@ class StepSizeMonitor(Callback):
     ``nonfinite_gradient``  entries            how many entries of the gradient were infinite or NaN
     ======================  =================  ========================================================================
 
-    The last three are of the gradient just before the step; where that evaluates several times, of the last evaluation
-    for which ``on_before_optimizer_step`` was called (under ``FullBatch`` the first). A parameter appears with its
-    first gradient. Quantiles of sharded parameters are exact up to 4,096 step sizes on each process; of more, each
-    process shows as many to the others, evenly spaced in their order, which moves a quantile by at most 0.02 per cent.
+    The last three are of the gradient just before the step; where a step evaluates several times, of the last
+    evaluation. A parameter appears with its first gradient, also one that joins the optimizer later. Quantiles of
+    sharded parameters are exact up to 4,096 step sizes on each process; of more, each process shows as many to the
+    others, evenly spaced in their order, which moves a quantile by at most 0.02 per cent.
+
+    Optimizers may be replaced during a fit. While none is an Rprop there are no records, and ``callback_metrics`` keeps
+    its last values. A Trainer can have several monitors that differ in ``logging_interval`` or ``every_n_steps``.
 
     Args:
         logging_interval: ``"step"`` makes a record every ``every_n_steps`` optimizer steps, ``"epoch"`` at the end of
@@ -72,21 +82,22 @@ class StepSizeMonitor(Callback):
         every_n_steps: Optimizer steps between two records; ``None`` follows ``Trainer(log_every_n_steps=...)``.
         statistics: Which statistics, by the names above; by default all but quantiles and ``std_log10``, which take
             longer.
-        per_parameter: Whether each parameter's statistics are logged beside those over all: ``True`` for all of them,
-            or patterns of their names as of file names, ``"encoder.*"`` or a list of such.
+        per_parameter: Whether to log each parameter's statistics beside those over all: ``True`` for all parameters,
+            or one or several patterns of their names, written like patterns of file names: ``"encoder.*"``.
         per_group: Whether those of each parameter group are.
         histogram: Whether loggers that have histograms (TensorBoard, W&B) get those of log10 of the step sizes,
             ``step_size/log10`` and ``step_size/<parameter name>/log10``.
         prog_bar: Statistics that the progress bar shows, over all parameters.
-        silence: Advice not to give: any of ``"no_logger"``, ``"lr_scheduler"`` (it has no effect on Rprop),
-            ``"gradient_clipping"`` (nor has that), ``"sign_changes"`` (the gradient is noisy), ``"lower_bound"`` and
-            ``"upper_bound"`` (nearly all step sizes are there), ``"zero_gradients"`` (float16 underflows). Each is a
-            warning, given once in a run.
+        silence: Warnings to turn off: any of ``"no_logger"``, ``"lr_scheduler"`` and ``"gradient_clipping"`` (neither
+            has an effect on Rprop), ``"sign_changes"`` (the gradient is noisy), ``"lower_bound"`` and ``"upper_bound"``
+            (nearly all step sizes are there), ``"zero_gradients"`` (float16 underflows), ``"no_rprop"`` (training
+            starts without an Rprop) and ``"no_record"`` (``log_every_n_steps=0``, or a run that is shorter than the
+            interval). Each is given once per run.
 
     Raises:
         ValueError: If an argument is not one of its choices.
-        MisconfigurationException: At the start of ``fit``, if no optimizer is an Rprop, a pattern fits no parameter, or
-            DeepSpeed's ZeRO has joined the parameters.
+        MisconfigurationException: At the start of ``fit``, if a pattern fits no parameter of the module, or DeepSpeed's
+            ZeRO has joined the parameters.
         ValueError: At the start of ``fit``, if shapes or hyperparameters differ between the ranks.
 
     Example:
@@ -107,50 +118,32 @@ class StepSizeMonitor(Callback):
         silence: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if logging_interval not in (None, "step", "epoch"):
-            raise ValueError(f"logging_interval must be 'step', 'epoch' or None, got {logging_interval!r}")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be a number of steps >= 1, or None, got {every_n_steps!r}")
-        if every_n_steps is not None and logging_interval == "epoch":
-            raise ValueError(f"every_n_steps={every_n_steps} needs logging_interval='step', got 'epoch'")
-        if not _is_list(statistics) or not statistics or not all(map(_is_statistic, statistics)):
-            raise ValueError(
-                f"statistics must be a list of some of {', '.join(STATISTICS)}, or quantiles such as 'q10', got "
-                f"{statistics!r}"
-            )
-        if not isinstance(per_parameter, bool | str) and not _is_list(per_parameter):
-            raise ValueError(
-                f"per_parameter must be True, False, or patterns of parameters' names, got {per_parameter!r}"
-            )
-        if not _is_list(prog_bar) or not set(prog_bar) <= set(statistics):
-            raise ValueError(f"prog_bar must be a list of some of statistics={[*statistics]}, got {prog_bar!r}")
-        if not _is_list(silence) or not set(silence) <= set(TOPICS):
-            raise ValueError(f"silence must be a list of some of {', '.join(TOPICS)}, got {silence!r}")
+        self.every_n_steps = check_interval(logging_interval, every_n_steps)
         self.logging_interval = logging_interval
-        self.every_n_steps = every_n_steps
-        self.statistics = tuple(statistics)
-        self.per_parameter = per_parameter
-        self.per_group = per_group
-        self.histogram = histogram
-        self.prog_bar = tuple(prog_bar)
-        self.silence = tuple(silence)
+        self.statistics = check_statistics(statistics)
+        self.per_parameter = check_patterns(per_parameter)
+        self.per_group = check_flag("per_group", per_group)
+        self.histogram = check_flag("histogram", histogram)
+        self.prog_bar = check_choice("prog_bar", prog_bar, self.statistics, origin="statistics")
+        self.silence = check_choice("silence", silence, TOPICS)
         self._begin()
 
     def _begin(self) -> None:
         self._advice = Advice(self.silence)
         self._history, self._validations = History(), History()
-        self._names: dict[int, str] = {}
-        self._groups: list[tuple[int, int]] = []  # of which parameters are listed
-        self._is_shared = False  # whether processes share them
-        self._listed: list[Row] = []
+        self._listing = Listing()
         self._plan = Plan(self.statistics, self.per_group, frozenset(), self.histogram)
-        self._is_watched = self._is_epoch_measured = False
+        self._is_watched = False  # by a callback
+        self._is_epoch_measured = False  # the last step of this epoch
         self._is_logged = self._is_measured = False  # the step of this batch
         self._looks: dict[int, Look] = {}  # of the optimizers that step in this batch
         self._record: Record | None = None
         self._metrics: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
         self._interval = 0  # steps from a record to the next, 0 for none
+        self._first_step = 0  # by Lightning's logged step
+        self._steps: int | None = None  # made since, once a training has started
+        self._has_rprop = False  # whether this run had one, at any time
         self._steps_before = self._step_measured = self._step_logged = 0  # by Lightning's global_step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -162,13 +155,7 @@ class StepSizeMonitor(Callback):
             self._begin()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to monitor what is not there."""
-        if not any(find_rprop(optimizer) for optimizer in trainer.optimizers):
-            found = ", ".join(f"{type(o).__module__}.{type(o).__qualname__}" for o in trainer.optimizers) or "none"
-            raise MisconfigurationException(
-                f"StepSizeMonitor needs an Rprop optimizer, but configure_optimizers returned: {found}. "
-                "Return lightning_rprop.Rprop(...) or torch.optim.Rprop(...), or remove the callback."
-            )
+        """Refuse parameters that cannot be told apart, and patterns that fit none."""
         if any(is_called(optimizer, "DeepSpeedOptimizer") for optimizer in trainer.optimizers):
             raise MisconfigurationException(
                 "StepSizeMonitor cannot tell apart the step sizes of parameters that DeepSpeed's ZeRO has joined, with "
@@ -176,49 +163,59 @@ class StepSizeMonitor(Callback):
                 "ModelParallelStrategy)"
             )
         _check_agreement(trainer)
-        self._groups = []
-        self._names = {id(param): name for name, param in pl_module.named_parameters()}
-        self._plan = self._plan._replace(parameters=self._chosen([row.name for row in self._rows(trainer)[0]]))
+        self._list(trainer)
+        of_module = [plain_name(name) for name, _ in pl_module.named_parameters()]  # those of an Rprop may be others
+        names = [*dict.fromkeys([*of_module, *(row.name for row in self._listing.rows)])]
+        for pattern in self._patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+                raise MisconfigurationException(
+                    f"per_parameter: {pattern!r} fits none of the module's parameters: {', '.join(names[:20])}{more}"
+                )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start from where a checkpoint may have led, and see who wants to know."""
-        if self._restored is not None:
-            self._advice.load_state_dict(self._restored["advice"])
-            self._history.load_state_dict(self._restored["history"])
-            self._validations.load_state_dict(self._restored["validations"])
-            self._restored = None
+        """Continue the records of a checkpoint, and check how the Trainer is set up."""
+        self._restore()
         if self.logging_interval != "epoch":
             self._interval = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._step_measured = self._step_logged = trainer.global_step
+        self._first_step, self._steps = logged_step(trainer), 0
         self._record = None
-        monitors = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-        monitors += [config.monitor for config in trainer.lr_scheduler_configs]
-        self._is_watched = any(isinstance(key, str) and key.startswith(PREFIX) for key in monitors)
-        self._begin_epoch(trainer)  # Lightning does not call the hook where a run goes on in the middle of an epoch
+        self._begin_epoch(trainer)  # Lightning does not call the hook where a run resumes in the middle of an epoch
         self._advice.at_start(trainer)
+        if not self._interval and self.logging_interval != "epoch":
+            self._advice.of_no_record(trainer, self._why_no_record())
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide whether the last step of this epoch is measured."""
         self._begin_epoch(trainer)
 
     def _begin_epoch(self, trainer: pl.Trainer) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._is_watched = any(_is_ours(getattr(callback, "monitor", None)) for callback in callbacks)
         self._is_epoch_measured = self.logging_interval == "epoch" or trainer.current_epoch + 1 == trainer.max_epochs
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Decide whether the step of this batch is measured, and whether it is logged."""
-        self._is_logged = self._interval > 0 and (logged_step(trainer) + 1) % self._interval == 0
+        step = logged_step(trainer)
+        self._steps = step - self._first_step
+        self._is_logged = self._interval > 0 and (step + 1) % self._interval == 0
         self._is_measured = self._is_logged or self._is_watched or self._ends(trainer)
+        for config in trainer.lr_scheduler_configs:  # they may have come with an optimizer since the epoch began
+            self._is_measured |= _is_ours(config.monitor)
         if self._is_measured:
             self._steps_before = trainer.global_step
+            self._looks = {}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Look at the gradient, if the step is measured."""
         if self._is_measured and (rprop := find_rprop(optimizer)) is not None:
-            rows, shared = self._rows(trainer)
+            self._list(trainer)
+            rows, shared = self._listing.rows, self._listing.are_shared
             seen = look(row for row in rows if row.optimizer is rprop and (row.counts or not shared))
             if seen is not None:
                 self._looks[id(rprop)] = seen
@@ -248,11 +245,39 @@ class StepSizeMonitor(Callback):
             self._log(trainer, logged_step(trainer) - 1)  # the count is one on, once the batches are done
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the values of the last step, also where the run was stopped."""
+        """Publish the values of the last step, also of a run that was stopped."""
         self._measure(trainer)
+        self._steps = logged_step(trainer) - self._first_step
+        if self._interval and self._record is not None and not len(self._history):
+            self._advice.of_no_record(trainer, self._why_no_record())
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Release the parameters and optimizers."""
+        if stage == "fit":
+            self._restore()  # a fit that resumes where it has to end starts no training
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Release them here too, because Lightning calls no ``teardown`` after an exception."""
+        self._release()
+
+    def _release(self) -> None:
+        self.__dict__ = self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the parameters and optimizers of a running fit out of a copy or a pickle."""
+        # Lightning sets these two on every callback, bound to the module
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return kept | {"_listing": Listing(), "_looks": {}}
+
+    @property
+    def state_key(self) -> str:
+        """Tell the monitors of a Trainer apart in a checkpoint, by when they record."""
+        interval = {"logging_interval": self.logging_interval, "every_n_steps": self.every_n_steps}
+        return f"{type(self).__qualname__}{interval}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what was said and what ``plot`` draws, for a checkpoint."""
+        """Return what was said and what ``plot`` draws, for a checkpoint."""
         return {
             "advice": self._advice.state_dict(),
             "history": self._history.state_dict(),
@@ -260,8 +285,15 @@ class StepSizeMonitor(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it from a checkpoint, once a fit goes on from it: to test one must not overwrite what was seen since."""
+        """Keep the state until a fit resumes from it: a test of a checkpoint must not overwrite later records."""
         self._restored = state_dict
+
+    def _restore(self) -> None:
+        if self._restored is not None:
+            self._advice.load_state_dict(self._restored["advice"])
+            self._history.load_state_dict(self._restored["history"])
+            self._validations.load_state_dict(self._restored["validations"])
+            self._restored = None
 
     def plot(self, title: str = "") -> tuple[Figure, np.ndarray[Any, Any]]:
         """Draw the records: loss above, below it the step sizes over the steps, of each parameter if they were logged.
@@ -276,11 +308,13 @@ class StepSizeMonitor(Callback):
             The figure, and its axes from top to bottom.
 
         Raises:
-            ValueError: If there is no record yet.
+            ValueError: If there is no record, with the reason.
             ModuleNotFoundError: Without Matplotlib.
         """
         from lightning_rprop.monitor.plot import plot_series
 
+        if not len(self._history):
+            raise ValueError(f"there is no record to plot: {self._why_no_record()}")
         return plot_series(self._history.series() | self._validations.series(), title)
 
     def _ends(self, trainer: pl.Trainer) -> bool:
@@ -289,36 +323,29 @@ class StepSizeMonitor(Callback):
             return True
         return trainer.max_steps >= 0 and trainer.global_step + len(trainer.optimizers) >= trainer.max_steps
 
-    def _rows(self, trainer: pl.Trainer) -> tuple[list[Row], bool]:
-        """List the parameters, anew where groups were loaded, added or grew; tell whether processes share them."""
-        groups = [(id(group), len(group["params"])) for o in trainer.optimizers for group in o.param_groups]
-        if groups != self._groups:
-            self._groups = groups
-            self._listed = list_rows(trainer.optimizers, self._names, trainer.global_rank)
-            self._is_shared = trainer.world_size > 1 and are_shared_out(trainer.optimizers)
-        return self._listed, self._is_shared
+    @property
+    def _patterns(self) -> tuple[str, ...]:
+        return () if isinstance(self.per_parameter, bool) else self.per_parameter
 
-    def _chosen(self, names: Sequence[str]) -> frozenset[str]:
-        """Give those of the parameters that are shown one by one."""
-        patterns = self.per_parameter
-        if isinstance(patterns, bool):
-            return frozenset(names) if patterns else frozenset()
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise MisconfigurationException(
-                    f"per_parameter: {pattern!r} fits none of the parameters that Rprop optimizes: {', '.join(names)}"
-                )
-        return frozenset(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+    def _list(self, trainer: pl.Trainer) -> None:
+        """Bring the list of the parameters up to date, and choose those that are shown one by one."""
+        if self._listing.update(trainer):
+            names = [row.name for row in self._listing.rows]
+            chosen = (name for name in names if any(fnmatchcase(name, pattern) for pattern in self._patterns))
+            self._plan = self._plan._replace(parameters=frozenset(names if self.per_parameter is True else chosen))
+            self._has_rprop |= bool(names)
+
+    def _why_no_record(self) -> str:
+        return why_no_record(self._steps, self._interval, self._has_rprop, self.logging_interval == "epoch")
 
     def _measure(self, trainer: pl.Trainer, loss: Any = None) -> None:
         """Measure the last step, once, and publish the values over all parameters and of groups."""
         if self._step_measured == trainer.global_step:
             return
         self._step_measured = trainer.global_step
-        rows, shared = self._rows(trainer)
-        gather = trainer.strategy.all_gather if shared else None
-        self._record = measure(rows, self._looks.values(), self._plan, loss, gather)
+        self._list(trainer)
+        gather = trainer.strategy.all_gather if self._listing.are_shared else None
+        self._record = measure(self._listing.rows, self._looks.values(), self._plan, loss, gather)
         if self._record is None:
             return
         self._metrics = {
@@ -348,14 +375,11 @@ class StepSizeMonitor(Callback):
         self._advice.of_record(record, step, half=str(trainer.precision).startswith("16"))
 
 
+def _is_ours(key: Any) -> bool:
+    """Return whether a callback or a scheduler that monitors this key monitors one of ours."""
+    return isinstance(key, str) and key.startswith(PREFIX)
+
+
 def _check_agreement(trainer: pl.Trainer) -> None:
     if not any(is_called(callback, "FullBatch") for callback in trainer.callbacks):  # type: ignore[attr-defined]
         check_agreement(trainer)  # else FullBatch does it
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
-
-
-def _is_statistic(name: str) -> bool:
-    return name in STATISTICS or quantile_of(name) is not None

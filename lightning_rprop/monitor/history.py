@@ -22,6 +22,9 @@ class History:
         self._steps = array("q")
         self._values: dict[str, array[float]] = {}
 
+    def __len__(self) -> int:
+        return len(self._steps)
+
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Remember a record."""
         self._steps.append(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,6 +13,9 @@ from lightning_rprop.monitor.statistics import Gradients
 from lightning_rprop.optim.dispatch import as_real
 from lightning_rprop.optim.fused import PLAIN
 from lightning_rprop.optim.sharding import aligned, is_sharded, is_slice, local
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 # What torch.compile and FSDP put into a parameter's name.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
@@ -27,6 +30,32 @@ class Row(NamedTuple):
     options: Mapping[str, Any]  # of its parameter group
     optimizer: Optimizer  # which has its state
     counts: bool  # whether this process has a part of it that no other one counts
+
+
+class Listing:
+    """The parameters of a Trainer's Rprops, listed again when the optimizers, their groups or parameters change."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.are_shared = False  # whether processes hold different parts of them
+        self._key: list[tuple[int, ...]] | None = None
+
+    def update(self, trainer: pl.Trainer) -> bool:
+        """Bring the list up to date, and return whether it changed."""
+        optimizers = trainer.optimizers
+        # an id is not used again while the rows hold the object
+        key = [
+            (i, id(rprop), id(group), *map(id, group["params"]))
+            for i, optimizer in enumerate(optimizers)
+            if (rprop := find_rprop(optimizer)) is not None
+            for group in optimizer.param_groups
+        ]
+        if key == self._key:
+            return False
+        names = {id(param): name for name, param in trainer.lightning_module.named_parameters()}
+        self._key, self.rows = key, list_rows(optimizers, names, trainer.global_rank)
+        self.are_shared = trainer.world_size > 1 and are_shared_out(optimizers)
+        return True
 
 
 def state_of(rows: Sequence[Row], name: str) -> list[Tensor | None]:

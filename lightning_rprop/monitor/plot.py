@@ -31,6 +31,7 @@ _MOST_LOSSES = 8
 _LINES = ("median", "q50", "mean", "max", "min")  # what stands for a parameter: the first of these that is logged
 _ROW = 0.13  # inches for a parameter's row of the heat map, and what its name in this font needs
 _ROW_FONT = 7
+_TOO_LARGE = 1e100  # Matplotlib's arithmetic on the limits of an axis overflows far beyond this
 _TALLEST = 60.0  # inches of heat map; more parameters than fit get lower rows, and not every one its name
 
 
@@ -43,7 +44,12 @@ def plot_run(folder: str | Path) -> tuple[Figure, npt.NDArray[np.object_]]:
     Returns:
         The figure and its axes from top to bottom.
     """
-    return plot_series(read_series(folder), title="/".join(Path(folder).resolve().parts[-2:]))
+    return plot_series(read_series(folder), title=printable("/".join(Path(folder).resolve().parts[-2:])))
+
+
+def printable(path: str) -> str:
+    """Return a path without the surrogates that stand for bytes that are no text, which cannot be written."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def plot_series(series: Series, title: str = "") -> tuple[Figure, npt.NDArray[np.object_]]:
@@ -56,8 +62,8 @@ def plot_series(series: Series, title: str = "") -> tuple[Figure, npt.NDArray[np
     are more.
 
     Args:
-        series: ``{key: (steps, values)}`` as logged by ``StepSizeMonitor`` and Lightning. What is not finite leaves a
-            gap.
+        series: ``{key: (steps, values)}`` as logged by ``StepSizeMonitor`` and Lightning. What is not finite, or
+            beyond 1e100, leaves a gap.
         title: Stands above the figure.
 
     Returns:
@@ -160,7 +166,7 @@ def _parts(series: Series) -> list[tuple[str, str]]:
 def _losses(series: Series) -> list[str]:
     keys = [k for k in series if "loss" in k.rpartition("/")[2].lower()]
     keys = [k for k in keys if not (k.endswith("_epoch") and k.removesuffix("_epoch") + "_step" in series)]
-    return [k for k in keys if np.isfinite(series[k][1]).any()]
+    return [k for k in keys if (np.abs(series[k][1]) < _TOO_LARGE).any()]
 
 
 def _statistics(series: Series, names: Sequence[str]) -> tuple[str, tuple[str, str] | None]:
@@ -182,14 +188,14 @@ def _aligned(series: Series, keys: Sequence[str]) -> tuple[Floats, Floats]:
     rows = np.full((len(keys), len(steps)), np.nan)
     for row, (at, values) in zip(rows, logged, strict=True):
         row[np.searchsorted(steps, at)] = values
-    rows[~np.isfinite(rows)] = np.nan
+    rows[~(np.abs(rows) < _TOO_LARGE)] = np.nan
     return steps, rows
 
 
 def _bounds(series: Series) -> dict[str, float]:
     """The bounds that a log axis can show."""
     last = {kind: series[key][1][-1] for kind in ("lower", "upper") if (key := key_of("", f"{kind}_bound")) in series}
-    return {kind: bound for kind, bound in last.items() if 0 < bound < np.inf}
+    return {kind: bound for kind, bound in last.items() if 0 < bound < _TOO_LARGE}
 
 
 def _draw_losses(series: Series, keys: list[str], ax: Axes) -> None:

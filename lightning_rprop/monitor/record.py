@@ -79,16 +79,18 @@ def measure(
     """Measure the step sizes after a step.
 
     Args:
-        rows: all parameters, the same on every process.
-        looks: what :func:`look` saw before the step.
-        plan: what is asked for.
-        loss: is brought to the host with the rest.
-        gather: makes ``(processes, n)`` of every process's ``(n,)``, called once, where the processes hold different
+        rows: All parameters, the same on every process.
+        looks: What :func:`look` saw before the step. A look at an optimizer that was replaced since is ignored.
+        plan: What is asked for.
+        loss: The loss of the step, which is moved to the host with the rest.
+        gather: Makes ``(processes, n)`` of every process's ``(n,)``, called once, where the processes hold different
             parts of the step sizes; a parameter then counts where its row says so.
 
     Returns:
-        The record, or ``None`` if there are no step sizes yet.
+        The record, or ``None`` if there are no step sizes (yet).
     """
+    if not rows:
+        return None
     here = [i for i, row in enumerate(rows) if row.counts or gather is None]
     states = zip(here, state_of([rows[i] for i in here], "step_size"), strict=True)
     step_sizes = {i: found for i, found in states if found is not None}
@@ -103,10 +105,12 @@ def measure(
         logs = "std_log10" in plan.statistics
         sums = statistics.step_size_table([*step_sizes.values()], [bounds[i] for i in step_sizes], logs=logs)
         table[statistics.STEP_SIZES, _columns([*step_sizes], len(rows))] = sums.to(device)
-    places = {id(row.param): i for i, row in enumerate(rows)}
+    places = {(id(row.optimizer), id(row.param)): i for i, row in enumerate(rows)}
     for seen in looks:
-        columns = _columns([places[id(row.param)] for row in seen.rows], len(rows))
-        table[statistics.GRADIENTS, columns] = seen.counts.to(device)
+        found = [places.get((id(row.optimizer), id(row.param))) for row in seen.rows]
+        columns = [place for place in found if place is not None]
+        if len(columns) == len(found):
+            table[statistics.GRADIENTS, _columns(columns, len(rows))] = seen.counts.to(device)
 
     parts: dict[tuple[str, Scope], Tensor] = {("table", TOTAL): table}
     for scope, members in scopes.items():

@@ -1,11 +1,13 @@
-"""What a run has logged, read back from its folder."""
+"""Read back what a run has logged, from its folder."""
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -32,11 +34,18 @@ def read_series(folder: str | Path) -> Series:
 
     Raises:
         FileNotFoundError: If there is no such folder, or no log in it or below.
-        ValueError: If no run has logged step sizes, or several have.
+        ValueError: If no run has logged step sizes, several have, or a log is damaged.
         ModuleNotFoundError: If TensorBoard is needed and not installed.
     """
     run = _find_run(Path(folder))
-    return _read_csv(run / _CSV) if _holds_step_sizes(run / _CSV) else _read_events(run)
+    read, source = (_read_csv, run / _CSV) if _holds_step_sizes(run / _CSV) else (_read_events, run)
+    series = read(source)
+    if not any(key.startswith(PREFIX) for key in series):
+        raise ValueError(
+            f"{source} holds no step and step size together (keys 'step' and '{PREFIX}...'). Train long enough for "
+            "StepSizeMonitor to record, or name the folder of another run"
+        )
+    return series
 
 
 def _find_run(folder: Path) -> Path:
@@ -44,8 +53,11 @@ def _find_run(folder: Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; name the folder that the Trainer's logger wrote to")
     logs = {folder: _logs(folder)}
+    unreadable: list[OSError] = []
     if not logs[folder]:
-        logs = {below: found for below in _folders_below(folder) if (found := _logs(below))}
+        logs = {below: found for below in _folders_below(folder, unreadable.append) if (found := _logs(below))}
+    if not logs and unreadable:
+        raise unreadable[0]
     if not logs:
         raise FileNotFoundError(
             f"there is neither a {_CSV} nor a TensorBoard event file in {folder} or below; name the folder of a run "
@@ -64,8 +76,9 @@ def _find_run(folder: Path) -> Path:
     return runs[0]
 
 
-def _folders_below(folder: Path) -> list[Path]:
-    return sorted((Path(root) for root, _, _ in os.walk(folder)), key=lambda path: _natural(str(path)))
+def _folders_below(folder: Path, on_error: Callable[[OSError], None]) -> list[Path]:
+    found = (Path(root) for root, _, _ in os.walk(folder, onerror=on_error))
+    return sorted(found, key=lambda path: _natural(str(path)))
 
 
 def _logs(folder: Path) -> list[Path]:
@@ -82,14 +95,30 @@ def _holds_step_sizes(file: Path) -> bool:
 
 
 def _read_csv(file: Path) -> Series:
+    try:
+        return _parse_csv(file, encoding="utf-8-sig")
+    except UnicodeDecodeError:  # Lightning writes in the encoding of the platform; numbers are the same in all of them
+        return _parse_csv(file, encoding="latin-1")
+
+
+def _parse_csv(file: Path, encoding: str) -> Series:
     found: dict[str, dict[int, float]] = defaultdict(dict)
-    with file.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            step = _number(row.pop("step", None))
-            if step is not None:
+    with file.open(newline="", encoding=encoding) as lines:
+        rows = csv.DictReader(line.replace("\0", "") for line in lines)  # a crash of the machine may leave zeros
+        try:
+            for row in rows:
+                step = _number(row.pop("step", None))
+                if step is None:
+                    continue
+                if not math.isfinite(step):
+                    raise ValueError(f"{file}, line {rows.line_num}: the step is {step}. Remove that line")
                 for key, cell in row.items():
                     if (value := _number(cell)) is not None:
                         found[key][int(step)] = value
+        except csv.Error as error:
+            raise ValueError(
+                f"{file}, line {rows.line_num + 1}: {error}. Remove that line"
+            ) from error  # after the last
     # Lightning sorts the columns by the alphabet, where layer 10 comes before layer 2
     return {key: _sorted(found[key]) for key in sorted(found, key=_natural)}
 
@@ -104,7 +133,11 @@ def _read_events(folder: Path) -> Series:
     # every scalar, not a sample of 10000, and nothing else
     sizes = dict.fromkeys(event_accumulator.DEFAULT_SIZE_GUIDANCE, 1) | {event_accumulator.SCALARS: 0}
     events = event_accumulator.EventAccumulator(str(folder), size_guidance=sizes)
-    events.Reload()
+    try:
+        events.Reload()
+    except Exception as error:  # TensorBoard declares none; it stops at a cut-off record by itself
+        files = ", ".join(sorted(file.name for file in _logs(folder) if file.name != _CSV))
+        raise ValueError(f"TensorBoard cannot read {folder} ({files}): {error}. Remove the damaged file") from error
     keys = events.Tags()[event_accumulator.SCALARS]
     return {key: _sorted({event.step: event.value for event in events.Scalars(key)}) for key in keys}
 
@@ -115,7 +148,7 @@ def _sorted(values: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def _number(cell: object) -> float | None:
-    """The number in a cell; None if it is blank, a text, or cut off where a run was killed."""
+    """Return the number in a cell, ``None`` if it is blank, a text, or cut off where a run was killed."""
     try:
         return float(cell) if isinstance(cell, str) else None
     except ValueError:
