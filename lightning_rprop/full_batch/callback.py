@@ -214,12 +214,14 @@ class FullBatch(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which takes no part in a fit that runs."""
-        return {**self.__dict__, "_fit": None, "_put_back": []}
+        # Lightning sets these two on every callback, bound to the module
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return kept | {"_fit": None, "_put_back": []}
 
     def _close(self) -> None:
-        self._fit = None
         while self._put_back:
             self._put_back.pop()()
+        self.__dict__ = self.__getstate__()
 
 
 class _Fit:
