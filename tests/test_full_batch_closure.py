@@ -112,7 +112,7 @@ def test_replacement_by_two_optimizers_is_an_error(tmp_path):
             if trainer.current_epoch == 1:
                 trainer.optimizers = [Rprop(module.parameters()), Rprop(module.parameters())]
 
-    with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="needs one optimizer.*has 2"):
+    with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=r"needs one optimizer.*has 2"):
         fit(tmp_path, Regression(net=network()), None, [Two()])
 
 

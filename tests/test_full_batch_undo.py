@@ -178,8 +178,15 @@ class Fails(pl.Callback):
 @pytest.mark.parametrize("error", [ArithmeticError(), KeyboardInterrupt()], ids=["exception", "Ctrl-C"])
 @pytest.mark.parametrize(
     "hook",
-    ["on_train_start", "on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end"]
-    + ["on_train_epoch_end", "on_train_end"],
+    [
+        "on_train_start",
+        "on_train_batch_start",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+        "on_train_epoch_end",
+        "on_train_end",
+    ],
 )
 def test_nothing_is_left_behind(hook, error, tmp_path):
     module, full_batch = Regression(), FullBatch(take_over=True)
@@ -269,13 +276,10 @@ def test_workers_end_with_an_exception(tmp_path):
     for workers in (source, DataLoader(TensorDataset(*DATA), batch_size=10, num_workers=1)):
         before = set(children())
         module = Breaking(fail_at=6)
-        try:
+        with pytest.raises(ArithmeticError, match="broken off") as error:
             fit(tmp_path, module, FullBatchLoader(workers))
-        except ArithmeticError as error:
-            assert str(error) == "broken off"
-            assert set(children()) == before  # while the error with its frames is still there
-        else:
-            pytest.fail("it did not fail")
+        assert error.traceback  # whose frames are still there
+        assert set(children()) == before
 
 
 def children():

@@ -106,7 +106,7 @@ def test_nothing_that_counts_is_an_error(size, tmp_path):
 def test_weight_that_is_no_weight_is_an_error(value, size, tmp_path):
     module = Classifier()
     start = copy.deepcopy(list(module.parameters()))
-    with pytest.raises(ValueError, match="weight must return (a finite number >= 0|one number) for each micro-batch"):
+    with pytest.raises(ValueError, match=r"weight must return (a finite number >= 0|one number) for each"):
         fit(tmp_path, LABELS, size, lambda batch: value, module=module)
     assert all_equal(module.parameters(), start)
 
@@ -190,7 +190,7 @@ def test_time_axis_is_not_taken_for_samples(tmp_path):
     source = FullBatchLoader(DataLoader(TensorDataset(X, LABELS), batch_size=16, collate_fn=time_first))
     with pytest.raises(ValueError, match=r"cannot be counted.*DataLoader's batch_size.*weight=lambda batch"):
         fit(tmp_path, None, None, None, module=TimeFirst(), data=source)
-    module, metrics = fit(tmp_path, None, None, lambda b: b[0].shape[1], module=TimeFirst(), data=source, steps=1)
+    _, metrics = fit(tmp_path, None, None, lambda b: b[0].shape[1], module=TimeFirst(), data=source, steps=1)
     expected = cross_entropy(Classifier().net(X), LABELS).item()
     assert metrics["full"].item() == pytest.approx(expected, rel=1e-6)
 

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -239,6 +240,7 @@ class _Fit:
         self.loss: Tensor | None = None  # that the step began with
         self.step: int | None = None  # Lightning's count before the step that has begun
         self.has_stepped = False
+        self.looks_for_noise = True
         self.take_loss: list[Any] = []
         self.unserve: list[Callable[[], None]] = []
 
@@ -284,7 +286,9 @@ class _Fit:
         self.loss = None
         self.step = None
         self.follow()
-        if not self.has_stepped:
+        # a lazy module's first evaluation draws its parameters
+        if self.looks_for_noise and not any(map(is_lazy, self.evaluation.pl_module.parameters())):
+            self.looks_for_noise = False
             self.evaluation.checks_randomness = not warn_of_dropout(self.evaluation.pl_module)
         self.evaluation.begin()
         self.take_copies()
