@@ -202,7 +202,7 @@ class StepLogs:
         self._before: dict[str, Any] = {}
         self._seen: dict[str, list[tuple[Tensor, float]]] = {}
         self._syncs: dict[str, tuple[Any, Any]] = {}
-        self._kept: dict[str, tuple[Any, Any]] | None = None
+        self._kept: dict[str, Tensor] | None = None
         self._copies: dict[int, _OfOneStep] = {}  # of torchmetrics objects, by their id
         self._has_begun = False
 
@@ -222,25 +222,21 @@ class StepLogs:
 
     def put_aside(self) -> None:
         """Remember the sums of the epoch, before a micro-batch that does not count."""
-        self._kept = {key: (m.value, getattr(m, "cumulated_batch_size", None)) for key, m in self._tensors()}
+        self._kept = {key: metric.value for key, metric in self._tensors()}
 
     def take(self, weight: float) -> None:
         """Collect what a micro-batch logged; of one that does not count leave out what is not finite."""
         kept, self._kept = self._kept, None
         if kept is not None:
             for key, metric in self._tensors():
-                if not metric.value.isfinite():
-                    if key not in kept:
-                        metric.reset()
-                        continue
-                    metric.value, size = kept[key]
-                    if size is not None:
-                        metric.cumulated_batch_size = size
+                if not metric.value.isfinite():  # its size stays: it has grown by nearly nothing, and is a float now
+                    metric.value = kept.get(key, torch.full_like(metric.value, _neutral(metric.meta)))
         for key, metric in self._metrics():
             if metric._forward_cache is not None:
-                if kept is None or metric._forward_cache.isfinite():
-                    self._seen.setdefault(key, []).append((metric._forward_cache, weight))
-                metric._forward_cache = None
+                value, metric._forward_cache = metric._forward_cache, None
+                if kept is not None and not value.isfinite():  # seen all the same, as other ranks may wait for it
+                    value, weight = torch.full_like(value, _neutral(metric.meta)), 0.0
+                self._seen.setdefault(key, []).append((value, weight))
             self._defer(key, metric)
 
     def end(self) -> None:
@@ -322,6 +318,11 @@ class _OfOneStep:
 
     def remove(self) -> None:
         self._handle.remove()
+
+
+def _neutral(meta: Any) -> float:
+    """Return what changes no mean, sum, maximum or minimum."""
+    return -torch.inf if meta.is_max_reduction else torch.inf if meta.is_min_reduction else 0.0
 
 
 def _merged(meta: Any, seen: list[tuple[Tensor, float]]) -> Tensor:

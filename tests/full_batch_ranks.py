@@ -104,10 +104,84 @@ def cases(world):
     yield "max_iter", fit(loader, 3, lambda params: Rprop(params, max_iter=4))
     yield "LBFGS", fit(loader, 2, lambda params: torch.optim.LBFGS(params, max_iter=3))
     yield "whole numbers", fit_whole_numbers()
-    try:
-        fit(FullBatchLoader(make_data(10 + rank)), 1, plus)
-    except ValueError as error:
-        yield "different data", str(error)
+    yield from weights_of_zero(world)
+    doubled = Doubling(TensorDataset(x / 2, y), batch_size=10)
+    yield "DataLoader with its own __iter__", fit(FullBatchLoader(doubled), 3, plus)
+    for name, loader, options in different(rank):
+        try:
+            fit(loader, 1, plus, **options)
+        except ValueError as error:
+            yield name, str(error)
+
+
+class Doubling(DataLoader):
+    """It changes the batches, as a prefetcher does."""
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield 2 * x, y
+
+
+class Masked(Regression):
+    """The mean over the samples whose target is a number; over none it is NaN, and so is its gradient."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        counts = y.isfinite()
+        squares = (self.net(x) - y.nan_to_num()).square()
+        loss = (squares * counts).sum() / counts.sum()
+        self.log("logged", loss, on_step=True, on_epoch=True, sync_dist=True)
+        return loss
+
+
+def count(batch):
+    return batch[1].isfinite().sum()
+
+
+def masked(n, counted):
+    """Data of which some have no target."""
+    x, y = make_data(n)
+    return x, torch.where(torch.tensor([i in counted for i in range(n)]).unsqueeze(1), y, torch.nan)
+
+
+def weights_of_zero(world):
+    """Micro-batches without a target: some, all of some ranks, and a filler without one."""
+    for name, n, counted, size in (
+        ("some", 96, [*range(8), *range(20, 40)], 8),
+        ("first rank only", 96, [*range(10)], 8),
+        ("last rank only", 96, [*range(90, 96)], 8),
+        ("filler", 2, [1], None),
+    ):
+        data = masked(n, counted)
+        streamed = DataLoader(TensorDataset(*data), batch_size=size or 1)
+        for kind, loader in (("held", FullBatchLoader(data, size)), ("streamed", FullBatchLoader(streamed))):
+            module, losses = Masked(Rprop), Losses()
+            fitter = trainer(
+                ".",
+                [losses, FullBatch(weight=count)],
+                devices=world,
+                strategy=DDPStrategy(),
+                max_steps=3,
+                max_epochs=-1,
+            )
+            fitter.fit(module, loader)
+            metrics = {name: value.item() for name, value in fitter.callback_metrics.items()}
+            found = {"gradient": module.gradients[0], "losses": losses.seen, "metrics": metrics, "counted": counted}
+            yield ("zero", name, kind), {**found, "n": n, "parameters": [p.detach() for p in module.parameters()]}
+
+
+def different(rank):
+    """What differs between the ranks, though they have as many samples."""
+    x, y = make_data(16)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(rank))
+    yield "different data", FullBatchLoader(make_data(10 + rank)), {}
+    yield "different order", FullBatchLoader((x[order], y[order])), {}
+    yield "different order streamed", FullBatchLoader(DataLoader(TensorDataset(x[order], y[order]), batch_size=4)), {}
+    yield "different steps", FullBatchLoader((x, y), steps_per_epoch=1 + rank), {}
+    yield "different sizes", FullBatchLoader((x, y), 4 + rank), {}
+    yield "different reductions", FullBatchLoader((x, y)), {"reduction": ("mean", "sum")[rank % 2]}
+    held, streamed = FullBatchLoader((x, y)), FullBatchLoader(DataLoader(TensorDataset(x, y), batch_size=4))
+    yield "held and streamed", held if rank else streamed, {}
 
 
 class OwnBatches:
