@@ -253,13 +253,13 @@ def test_the_tapes_tell_a_wrong_rule_apart(mutation):
 # The same for the implementations: what to change in update.py, in foreach.py, in Numba's kernel and in Triton's.
 WRONG_CODE = {
     "takes back by the shrunk step size": (
-        ("else step_size.clone()", "else step_size"),
-        ("step_size.clone() for step_size", "step_size for step_size"),
+        ("torch.where(flipped, step_size, size, out=space.distance)", "size"),
+        ("zip(flipped, step_sizes, sizes", "zip(flipped, sizes, sizes"),
         ("distance = before if flipped and take_back else step_size", "distance = step_size"),
         ("distance = tl.where(flipped & take_back, before, step_size)", "distance = step_size"),
     ),
     "takes back when the loss fell": (
-        ("& ~take_back", "& take_back"),
+        ("~take_back", "take_back"),
         ("& ~take_back", "& take_back"),
         ("forget and not take_back", "forget and take_back"),
         ("take_back == 0", "take_back != 0"),
@@ -271,25 +271,25 @@ WRONG_CODE = {
         ("else tl.load(take_back_at)", "else True"),
     ),
     "never takes back": (
-        ("if take_back is False:", "if True:"),
+        ("size if take_back is False else", "size if True else"),
         ("if take_back is False:", "if True:"),
         ("before if flipped and take_back", "before if False"),
         ("flipped & take_back, before", "flipped & False, before"),
     ),
     "rprop- forgets": (
-        ("if forget else grad", "if True else grad"),
+        ("if forget:", "if True:"),
         ("if forget:", "if True:"),
         ("and forget else grad", "else grad"),
         ("if FORGET:\n        grad", "if True:\n        grad"),
     ),
     "does not forget": (
-        ("if forget else grad", "if False else grad"),
+        ("if forget:", "if False:"),
         ("if forget:", "if False:"),
         ("zero if flipped and forget else grad", "grad"),
         ("if FORGET:\n        grad", "if False:\n        grad"),
     ),
     "multiplies gradients": (
-        ("sign * prev.sign()", "(grad * prev).sign()"),
+        ("torch.mul(sign, torch.sign(prev, out=space.size), out=space.size)", "(grad * prev).sign()"),
         (
             "(signs, torch._foreach_sign(prevs))",
             "([g.mul(p).sign() for g, p in zip(grads, prevs)], [1.0] * len(prevs))",
@@ -301,7 +301,7 @@ WRONG_CODE = {
         ),
     ),
     "remembers NaN": (
-        ("torch.where(grad.isnan(), prev, grad)", "grad.clone()"),
+        ("torch.where(torch.ne(grad, grad, out=space.mask), prev, grad, out=space.kept)", "grad.clone()"),
         ("torch.where(grad.isnan(), prev, grad) for", "grad.clone() for"),
         ("grad = grad if grad == grad else prev", "pass"),
         ("grad = tl.where(grad == grad, grad, prev)", "pass"),
