@@ -509,6 +509,7 @@ def test_groups_with_different_variants():
     assert len({p.item() for p in params}) == 4
 
 
+@pytest.mark.filterwarnings("ignore:The loaded state brings other options")  # test_loading.py
 @pytest.mark.parametrize("saved_at", range(8))
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

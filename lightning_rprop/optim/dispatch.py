@@ -107,7 +107,7 @@ def dispatch(
 
     batches: dict[tuple[Update, torch.device, torch.dtype], list[list[Tensor]]] = {}
     for i, row in enumerate(zip(*lists, strict=True)):
-        check_parameter(f"parameter {i} with a gradient", row[0])
+        check_parameter(f"parameter {i}", row[0])  # its dtype may have changed since its state was made
         param, grad, prev, step_size = map(as_real, row)
         chosen = "" if fused is False else fused_update(param, grad, prev, step_size, take_back)
         if isinstance(chosen, str):

@@ -402,6 +402,7 @@ class Rprop(Optimizer):
                 unmoved.remove(p)
             state = self.state.get(p)
             if state is None or "step_size" not in state:
+                check_parameter(next(name_of(group, i) for i, q in enumerate(group["params"]) if q is p), p)
                 new = _new_state(p, group)  # all of it or nothing, if memory runs out
                 state = self.state[p]
                 state.update(new)
