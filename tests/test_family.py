@@ -462,6 +462,30 @@ def test_without_a_loss_irprop_plus_says_what_to_do(options):
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("how", ["closure", "loss"])
+def test_own_loss_on_each_process_is_refused(how, processes, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    params = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    optimizer = Rprop([{"params": params[:1], "variant": "rprop+"}, {"params": params[1:]}], variant="irprop+")
+    for p in params:
+        p.grad = torch.ones(1)
+
+    def step():
+        optimizer.step(lambda: 1.0) if how == "closure" else optimizer.step(loss=torch.tensor(1.0))
+
+    if processes > 1:
+        words = r"each of the 2 processes, .*: train with the FullBatch callback, or .* optimizer.shared_loss = True"
+        with pytest.raises(RuntimeError, match=words):
+            step()
+        assert [p.item() for p in params] == [1.0, 1.0]
+        assert not optimizer.state
+        optimizer.shared_loss = True
+    step()
+    assert optimizer.state[params[1]]["step"] == 1
+
+
 def test_without_gradients_irprop_plus_needs_no_loss():
     Rprop([torch.ones(1, requires_grad=True)], variant="irprop+").step()
 
@@ -671,6 +695,24 @@ def test_max_iter_with_a_closure_that_does_not_zero(kind):
     assert optimizer.state[w]["step"] == 4
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("factor", [NAN, INF, -INF])
+def test_max_iter_does_not_blame_closure_for_nan(factor, set_to_none):
+    """Gradients of NaN after zeroing in place look like those that were put in the closure's way."""
+    w, optimizer, _, _ = descend("irprop-", 2, max_iter=2)
+    before = w.detach().clone()
+
+    def closure():
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss = (w.square().sum() * 0 + 1) * factor
+        (loss + w.sum() * NAN).backward()
+        return loss
+
+    assert optimizer.step(closure).item() == factor or math.isnan(factor)
+    assert torch.equal(w, before)
+    assert w.grad.isnan().all()
+
+
 def test_max_iter_with_a_closure_that_fails_keeps_the_gradient():
     w, optimizer, _, _ = descend("irprop-", 1, max_iter=2)
     grad = w.grad
@@ -741,17 +783,3 @@ def test_max_iter_in_lightning(manual, accumulate, tmp_path):
     whole = Net(plain)
     trainer(tmp_path, max_epochs=1).fit(whole, Batches(20))
     assert all_equal(module.parameters(), whole.parameters())
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_compiled_step(variant):
-    torch._dynamo.reset()
-    tape = TAPES["loss risen against the one before, not against the first"] * 2
-    w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = Rprop([w], variant=variant, **OPTIONS)
-    step = torch.compile(lambda loss: optimizer.step(loss=loss), backend="aot_eager")
-    for g, loss in tape:
-        w.grad = torch.full((2,), g, dtype=torch.float64)
-        step(torch.tensor(loss, dtype=torch.float64))
-    assert w.tolist() == [by_twin(variant, tape)[-1][0]] * 2
