@@ -60,6 +60,7 @@ def update_fused_cuda(
     """
     del differentiable  # dispatch.py never sends a differentiable step here: autograd does not see what a kernel does
     del scratch
+    needed = (params, grads, prevs, step_sizes)  # gradients may be copies that nothing else holds
     device, dtype, rows = params[0].device, params[0].dtype, len(params)
     addresses = array("q", list(map(Tensor.data_ptr, [*params, *grads, *prevs, *step_sizes])))
     sizes = list(map(Tensor.numel, params))
@@ -91,7 +92,7 @@ def update_fused_cuda(
                     num_warps=8,
                     enable_fp_fusion=False,  # a multiply-add rounds once where the other implementations round twice
                 )
-        torch.autograd.graph.increment_version(params)  # as torch's own in-place operations tell autograd
+        torch.autograd.graph.increment_version(needed[0])  # as torch's own in-place operations tell autograd
 
     return move
 
