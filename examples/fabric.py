@@ -1,4 +1,4 @@
-"""Full-batch Rprop in a loop of Fabric's, on any number of devices: the gradient and loss of all samples, exactly."""
+"""Full-batch Rprop in a Fabric loop, on any number of devices: the gradient and loss of all samples, exactly."""
 
 # python examples/fabric.py, or: fabric run --accelerator=cpu --devices=2 examples/fabric.py
 import torch
@@ -9,6 +9,7 @@ from lightning_rprop import FullBatchLoader, Rprop
 
 def fit(fabric, net, optimizer, loader, steps, resume=None):
     """Train for so many steps in all, from a checkpoint on where one is given, and leave one."""
+    optimizer.shared_loss = True  # evaluate() returns the same number on every process, as irprop+ demands
     net, optimizer = fabric.setup(net, optimizer)
     loader.share(fabric.global_rank, fabric.world_size, fabric.device)
     state = {"net": net, "optimizer": optimizer, "step": 0}

@@ -49,6 +49,16 @@ BAD = {
     "lr-tensor-negative": ({"lr": torch.tensor(-0.5)}, ValueError, "Invalid learning rate: -0.5: lr"),
     "lr-tensor-2": ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element, got 2 elements"),
     "lr-text": ({"lr": "1e-2"}, TypeError, r"lr must be made of numbers, got '1e-2' \(str\): YAML .* write 1.0e-2"),
+    "lr-complex": ({"lr": 1j}, TypeError, r"lr must be made of numbers, got 1j \(complex\)"),
+    "lr-tensor-complex": (
+        {"lr": torch.tensor(1j)},
+        TypeError,
+        r"Tensor lr must be a floating-point tensor, got .*1\.j",
+    ),
+    "lr-tensor-int": ({"lr": torch.tensor(1)}, TypeError, r"floating-point tensor, got tensor\(1\): write for example"),
+    "lr-tensor-bool": ({"lr": torch.tensor(True)}, TypeError, "Tensor lr must be a floating-point tensor, got tensor"),
+    "lr-numpy-bool": ({"lr": np.bool_(True)}, TypeError, "lr must be made of numbers, got .*True"),
+    "lr-huge": ({"lr": 10**400}, ValueError, "Invalid learning rate: inf: lr is .* a finite number >= 0"),
     "lr-none": ({"lr": None}, TypeError, r"lr must be made of numbers, got None \(NoneType\)"),
     "lr-bool": ({"lr": True}, TypeError, r"lr must be made of numbers, got True \(bool\)"),
     "etas-torch": (
@@ -81,6 +91,7 @@ BAD = {
         "Invalid weight_decay value: -0.1: weight_decay must",
     ),
     "weight_decay-text": ({"weight_decay": "0"}, TypeError, "weight_decay must be made of numbers, got '0'"),
+    "weight_decay-huge": ({"weight_decay": 10**400}, ValueError, "Invalid weight_decay value: inf: weight_decay must"),
     "variant": ({"variant": "foo"}, ValueError, r"Invalid variant: 'foo': .* irprop-, irprop\+, rprop-, rprop\+"),
     "variant-enum": ({"variant": _Name.foo}, ValueError, "Invalid variant: 'foo'"),
     "variant-none": ({"variant": None}, ValueError, "Invalid variant: None"),
@@ -121,6 +132,7 @@ BAD_IN_DTYPE = {
     ),
     "etas-complex32": ({"etas": (0.9998, 1.2)}, torch.complex32, "rounds to 1 in torch.complex32"),
     "max-float16": ({"step_sizes": (1e-6, 1e5)}, torch.float16, "finite in torch.float16, .* largest number is 65504"),
+    "lr-float32": ({"lr": 1e300}, torch.float32, "lr, etas and step_sizes must be finite in torch.float32"),
     "lr-float16": ({"lr": 1e5}, torch.float16, "lr, etas and step_sizes must be finite in torch.float16"),
 }
 # What lies one step inside those limits.

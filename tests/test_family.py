@@ -253,13 +253,13 @@ def test_the_tapes_tell_a_wrong_rule_apart(mutation):
 # The same for the implementations: what to change in update.py, in foreach.py, in Numba's kernel and in Triton's.
 WRONG_CODE = {
     "takes back by the shrunk step size": (
-        ("else step_size.clone()", "else step_size"),
-        ("step_size.clone() for step_size", "step_size for step_size"),
+        ("torch.where(flipped, step_size, size, out=space.distance)", "size"),
+        ("zip(flipped, step_sizes, sizes", "zip(flipped, sizes, sizes"),
         ("distance = before if flipped and take_back else step_size", "distance = step_size"),
         ("distance = tl.where(flipped & take_back, before, step_size)", "distance = step_size"),
     ),
     "takes back when the loss fell": (
-        ("& ~take_back", "& take_back"),
+        ("~take_back", "take_back"),
         ("& ~take_back", "& take_back"),
         ("forget and not take_back", "forget and take_back"),
         ("take_back == 0", "take_back != 0"),
@@ -271,25 +271,25 @@ WRONG_CODE = {
         ("else tl.load(take_back_at)", "else True"),
     ),
     "never takes back": (
-        ("if take_back is False:", "if True:"),
+        ("size if take_back is False else", "size if True else"),
         ("if take_back is False:", "if True:"),
         ("before if flipped and take_back", "before if False"),
         ("flipped & take_back, before", "flipped & False, before"),
     ),
     "rprop- forgets": (
-        ("if forget else grad", "if True else grad"),
+        ("if forget:", "if True:"),
         ("if forget:", "if True:"),
         ("and forget else grad", "else grad"),
         ("if FORGET:\n        grad", "if True:\n        grad"),
     ),
     "does not forget": (
-        ("if forget else grad", "if False else grad"),
+        ("if forget:", "if False:"),
         ("if forget:", "if False:"),
         ("zero if flipped and forget else grad", "grad"),
         ("if FORGET:\n        grad", "if False:\n        grad"),
     ),
     "multiplies gradients": (
-        ("sign * prev.sign()", "(grad * prev).sign()"),
+        ("torch.mul(sign, torch.sign(prev, out=space.size), out=space.size)", "(grad * prev).sign()"),
         (
             "(signs, torch._foreach_sign(prevs))",
             "([g.mul(p).sign() for g, p in zip(grads, prevs)], [1.0] * len(prevs))",
@@ -301,7 +301,7 @@ WRONG_CODE = {
         ),
     ),
     "remembers NaN": (
-        ("torch.where(grad.isnan(), prev, grad)", "grad.clone()"),
+        ("torch.where(torch.ne(grad, grad, out=space.mask), prev, grad, out=space.kept)", "grad.clone()"),
         ("torch.where(grad.isnan(), prev, grad) for", "grad.clone() for"),
         ("grad = grad if grad == grad else prev", "pass"),
         ("grad = tl.where(grad == grad, grad, prev)", "pass"),
@@ -462,6 +462,30 @@ def test_without_a_loss_irprop_plus_says_what_to_do(options):
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("how", ["closure", "loss"])
+def test_own_loss_on_each_process_is_refused(how, processes, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    params = [torch.ones(1, requires_grad=True) for _ in range(2)]
+    optimizer = Rprop([{"params": params[:1], "variant": "rprop+"}, {"params": params[1:]}], variant="irprop+")
+    for p in params:
+        p.grad = torch.ones(1)
+
+    def step():
+        optimizer.step(lambda: 1.0) if how == "closure" else optimizer.step(loss=torch.tensor(1.0))
+
+    if processes > 1:
+        words = r"each of the 2 processes, .*: train with the FullBatch callback, or .* optimizer.shared_loss = True"
+        with pytest.raises(RuntimeError, match=words):
+            step()
+        assert [p.item() for p in params] == [1.0, 1.0]
+        assert not optimizer.state
+        optimizer.shared_loss = True
+    step()
+    assert optimizer.state[params[1]]["step"] == 1
+
+
 def test_without_gradients_irprop_plus_needs_no_loss():
     Rprop([torch.ones(1, requires_grad=True)], variant="irprop+").step()
 
@@ -509,6 +533,7 @@ def test_groups_with_different_variants():
     assert len({p.item() for p in params}) == 4
 
 
+@pytest.mark.filterwarnings("ignore:The loaded state brings other options")  # test_loading.py
 @pytest.mark.parametrize("saved_at", range(8))
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -670,6 +695,24 @@ def test_max_iter_with_a_closure_that_does_not_zero(kind):
     assert optimizer.state[w]["step"] == 4
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("factor", [NAN, INF, -INF])
+def test_max_iter_does_not_blame_closure_for_nan(factor, set_to_none):
+    """Gradients of NaN after zeroing in place look like those that were put in the closure's way."""
+    w, optimizer, _, _ = descend("irprop-", 2, max_iter=2)
+    before = w.detach().clone()
+
+    def closure():
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss = (w.square().sum() * 0 + 1) * factor
+        (loss + w.sum() * NAN).backward()
+        return loss
+
+    assert optimizer.step(closure).item() == factor or math.isnan(factor)
+    assert torch.equal(w, before)
+    assert w.grad.isnan().all()
+
+
 def test_max_iter_with_a_closure_that_fails_keeps_the_gradient():
     w, optimizer, _, _ = descend("irprop-", 1, max_iter=2)
     grad = w.grad
@@ -740,17 +783,3 @@ def test_max_iter_in_lightning(manual, accumulate, tmp_path):
     whole = Net(plain)
     trainer(tmp_path, max_epochs=1).fit(whole, Batches(20))
     assert all_equal(module.parameters(), whole.parameters())
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_compiled_step(variant):
-    torch._dynamo.reset()
-    tape = TAPES["loss risen against the one before, not against the first"] * 2
-    w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = Rprop([w], variant=variant, **OPTIONS)
-    step = torch.compile(lambda loss: optimizer.step(loss=loss), backend="aot_eager")
-    for g, loss in tape:
-        w.grad = torch.full((2,), g, dtype=torch.float64)
-        step(torch.tensor(loss, dtype=torch.float64))
-    assert w.tolist() == [by_twin(variant, tape)[-1][0]] * 2

@@ -51,7 +51,7 @@ def chosen(monkeypatch):
 
         def counting(params, *args, **kwargs):
             calls[name] += len(params)
-            function(params, *args, **kwargs)
+            return function(params, *args, **kwargs)
 
         monkeypatch.setattr(place, name, counting)
 
@@ -201,8 +201,6 @@ def test_fused_true_refuses_what_cannot_be_served_when_it_is_given():
     good = torch.zeros(3, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"serves parameter 1: its memory has gaps or overlaps: .* strides \(8, 2\)"):
         Rprop([good, gaps], fused=True)
-    with pytest.raises(RuntimeError, match="serves parameter 0: there is no kernel for the device meta"):
-        Rprop([torch.zeros(3, device="meta", requires_grad=True)], fused=True)
     optimizer = Rprop([good], fused=True)
     with pytest.raises(RuntimeError, match="serves parameter 0: its memory has gaps"):
         optimizer.add_param_group({"params": [gaps]})

@@ -1,5 +1,6 @@
 """Numba's kernel: its threads, its cache on disk, and what is done without it."""
 
+import inspect
 import os
 import threading
 from pathlib import Path
@@ -10,7 +11,8 @@ from cases import gradients
 from programs import run
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim import fused_cpu
+from lightning_rprop.monitor import statistics_cpu, statistics_kernel
+from lightning_rprop.optim import fused_cpu, fused_cpu_kernel, machine_code
 from lightning_rprop.optim import threads as kernel_threads
 
 LARGE = 4 * fused_cpu._CHUNK
@@ -185,6 +187,71 @@ def test_nowhere_to_write(tmp_path):
     assert python(STEP, NUMBA_CACHE_DIR=str(occupied), XDG_CACHE_HOME=str(occupied)) == "fused compiled"
 
 
+@pytest.mark.parametrize("variable", ["NUMBA_CACHE_DIR", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("folder", ["", ".", "cache", "here"])
+def test_cache_folder_does_not_hide_the_package(folder, variable, tmp_path):
+    """Empty and relative paths are ignored; a script's own folder may be named."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    environment = {"HOME": str(home), "XDG_CACHE_HOME": "", "NUMBA_CACHE_DIR": ""}
+    environment[variable] = str(here) if folder == "here" else folder
+    (here / "script.py").write_text(STEP)
+    for expected in ("fused compiled", "fused loaded"):
+        assert run(here, "script.py", environment=environment, timeout=120).strip() == expected
+    (file,) = tmp_path.rglob("*.o")
+    assert file.parent == (here if folder == "here" else home / ".cache") / "lightning-rprop"
+
+
+def test_file_of_another_kernel_is_not_loaded(tmp_path):
+    place = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    python(STEP, **place)
+    (file,) = tmp_path.rglob("rprop_float32-*.o")
+    python(
+        STEP.replace("torch.zeros(10)", "torch.zeros(10).double()")
+        .replace("torch.ones(10)", "torch.ones(10).double()")
+        .replace("assert", "#"),
+        **place,
+    )
+    (other,) = tmp_path.rglob("rprop_float64-*.o")
+    file.write_bytes(other.read_bytes())
+    assert python(STEP, **place) == "fused compiled"
+    assert python(STEP, **place) == "fused loaded"
+
+
+def test_code_without_the_function_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    module = 'define void @"other"() { ret void }'
+    with pytest.raises(RuntimeError, match="the compiled code has no function rprop_missing"):
+        machine_code.load("rprop_missing", "source", lambda: ("rprop_missing", module))
+
+
+def test_monitor_kernels_depend_on_both_sources(monkeypatch):
+    sources = []
+    monkeypatch.setattr(machine_code, "load", lambda name, source, compile_module: sources.append(source) or 0)
+    statistics_cpu.load_kernel.__wrapped__("gradients")
+    assert all(inspect.getsource(module) in sources[0] for module in (statistics_kernel, fused_cpu_kernel))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
+@pytest.mark.parametrize("what", ["folder", "file"])
+@pytest.mark.parametrize("how", ["others", "group", "owner"])
+def test_code_that_others_could_write_is_not_loaded(how, what, tmp_path):
+    place = {"NUMBA_CACHE_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "home")}
+    python(STEP, **place)
+    (file,) = tmp_path.rglob("*.o")
+    assert (file.parent.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
+    target = file.parent if what == "folder" else file
+    if how == "owner":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a file away")
+        os.chown(target, 12345, -1)
+    else:
+        target.chmod(target.stat().st_mode | (0o002 if how == "others" else 0o020))
+    assert python(STEP, **place) == "fused compiled"
+    assert python(STEP, **place) == "fused loaded"  # from the next folder, or from the file that replaced it
+
+
 def test_no_home(tmp_path):
     """As in a container that runs under a number without a name: it does not stop the step."""
     program = "import os; os.environ.clear(); os.getuid = lambda: 54321\n" + STEP
@@ -215,22 +282,40 @@ print([name for name in ("numba", "llvmlite", "triton", "lightning_rprop.optim.f
 # ------------------------------------------------------------------------------------------------- without Numba
 
 
-@pytest.mark.parametrize("missing", ["numba", "llvmlite"])
-def test_without(missing, tmp_path):
-    """As if it were not installed: everything works as before, and fused=True says why it does not."""
-    program = f"import sys; sys.modules[{missing!r}] = None; sys.modules['llvmlite.binding'] = None\n" + STEP.replace(
-        '"compiled" if "numba" in sys.modules', '"compiled" if sys.modules.get("numba")'
-    )
-    program += """
-try:
-    Rprop([param], fused=True)
-except RuntimeError as error:
-    print(error)
+WITHOUT = """
+import sys, torch, warnings
+from lightning_rprop import Rprop
+sys.modules[MISSING] = sys.modules["llvmlite.binding"] = None
+params = [torch.nn.Parameter(torch.zeros(10, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+for param in params:
+    param.grad = torch.ones_like(param)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    Rprop(params, fused=False).step()
+    assert not caught
+    for _ in range(2):
+        Rprop(params).step()
+    assert [-round(param[0].item(), 6) for param in params] == [0.03, 0.03]
+    try:
+        Rprop(params, fused=True)
+    except RuntimeError as error:
+        print(error)
+print(len(caught), caught[0].message)
 """
-    first, second = python(program, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
-    assert first == "plain loaded"
-    assert second.startswith("fused=True, but no fused kernel serves parameter 0: its compiler cannot be imported: ")
-    assert missing in second
+
+
+@pytest.mark.parametrize("missing", ["numba", "llvmlite"])
+def test_missing_compiler_is_told_once_and_done_without(missing, tmp_path):
+    """As if it were not installed: everything works as before, and fused=True says why it does not."""
+    program = WITHOUT.replace("MISSING", repr(missing))
+    error, warning = python(program, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
+    assert error.startswith("fused=True, but no fused kernel serves parameter 0: its compiler cannot be imported: ")
+    assert missing in error
+    assert warning.startswith(
+        "1 Rprop works without its fused kernel, which is faster, because its compiler cannot be "
+    )
+    assert missing in warning
+    assert warning.endswith("or silence this with fused=False.")
 
 
 def test_a_compiler_that_fails_is_told_once_and_done_without(tmp_path):

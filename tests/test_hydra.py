@@ -74,7 +74,7 @@ def last_json(output):
 def test_optimizer_is_found_typed_and_plain(app):
     run = app()
     seen = last_json(run("optimizer=rprop", "optimizer.lr=0.05", "optimizer.etas=[0.5,1.3]", "optimizer.maximize=true"))
-    assert seen["class"] == "lightning_rprop.optim.rprop.Rprop"
+    assert seen["class"] == "lightning_rprop.Rprop"
     assert seen["early"] == []  # nothing of torch before the job
     group = seen["group"]
     assert (group["lr"], group["etas"], group["step_sizes"]) == (0.05, [0.5, 1.3], [1e-6, 50.0])
@@ -105,7 +105,7 @@ def test_callback_is_found(app):
 
 def test_app_without_config_files(app):
     run = app(config=False)
-    assert last_json(run("+optimizer=rprop"))["class"] == "lightning_rprop.optim.rprop.Rprop"
+    assert last_json(run("+optimizer=rprop"))["class"] == "lightning_rprop.Rprop"
 
 
 def test_under_another_package(app):
@@ -129,7 +129,7 @@ def test_each_variant_has_a_config_and_can_be_swept(app):
     for output in (run("-m", names), run("-m", "optimizer=rprop", variants)):
         seen = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         assert [s["group"]["variant"] for s in seen] == ["rprop-", "rprop+", "irprop-", "irprop+"]
-        assert {s["class"] for s in seen} == {"lightning_rprop.optim.rprop.Rprop"}
+        assert {s["class"] for s in seen} == {"lightning_rprop.Rprop"}
         assert {s["group"]["types"]["variant"] for s in seen} == {"str"}
 
 

@@ -107,3 +107,60 @@ def test_a_parameter_in_two_groups():
     p = leaf()
     with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
         Rprop([{"params": p}, {"params": [p]}])
+
+
+UNUSABLE = {
+    "float8": (lambda: torch.ones(2).to(torch.float8_e4m3fn), TypeError, "its dtype is torch.float8_e4m3fn. Make it"),
+    "expanded": (lambda: torch.ones(1, 1).expand(1, 3), ValueError, r"elements share memory, .* strides are \(1, 0\)"),
+}
+
+
+@pytest.mark.parametrize(("make", "exception", "message"), UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_parameter_is_refused_when_given(make, exception, message):
+    with pytest.raises(exception, match=f"Rprop cannot update 'b': .*{message}"):
+        Rprop([("a", leaf()), ("b", make().requires_grad_())])
+    optimizer = Rprop([leaf()])
+    with pytest.raises(exception, match=f"Rprop cannot update parameter 0: .*{message}"):
+        optimizer.add_param_group({"params": make().requires_grad_()})
+    assert len(optimizer.param_groups) == 1
+    frozen = Rprop([leaf(), make()])  # as torch takes it: without a gradient it is left alone
+    frozen.step()
+
+
+# What cannot require a gradient, but have one.
+WITH_GRADIENT = UNUSABLE | {
+    "int": (lambda: torch.ones(2, dtype=torch.int64), TypeError, "its dtype is torch.int64. Make it float64, ")
+}
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize(("make", "exception", "message"), WITH_GRADIENT.values(), ids=WITH_GRADIENT)
+def test_unusable_parameter_moves_nothing_at_a_step(make, exception, message, foreach):
+    first, unusable = leaf(), make()
+    optimizer = Rprop([{"params": first}, {"params": [leaf(), unusable]}], foreach=foreach)
+    first.grad, unusable.grad = torch.ones(2), torch.zeros_like(unusable)
+    with pytest.raises(exception, match=f"Rprop cannot update parameter 1: .*{message}"):
+        optimizer.step()
+    assert first.tolist() == [1.0, 1.0]
+
+
+def test_remedy_for_an_expanded_parameter():
+    param = torch.ones(1, 1).expand(1, 3)
+    copied = torch.nn.Parameter(param.detach().contiguous())
+    copied.grad = torch.ones(1, 3)
+    Rprop([copied]).step()
+    assert torch.equal(copied.detach(), torch.ones(1, 3) - 0.01)
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+def test_dtype_that_became_unusable_moves_nothing(foreach):
+    first, other = leaf(), leaf()
+    optimizer = Rprop([{"params": first}, {"params": other}], foreach=foreach)
+    first.grad, other.grad = torch.ones(2), torch.ones(2)
+    optimizer.step()
+    before = first.detach().clone()
+    other.data = other.data.to(torch.float8_e4m3fn)
+    other.grad = torch.ones(2).to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"Rprop cannot update parameter 0: its dtype is torch.float8_e4m3fn"):
+        optimizer.step()
+    assert torch.equal(first, before)

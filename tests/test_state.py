@@ -26,6 +26,7 @@ def through_file(state):
 
 
 @CLASSES
+@pytest.mark.filterwarnings("ignore:The loaded state brings other options")  # test_loading.py
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize("saved_at", [0, 1, 7])
 def test_checkpoint_continues_bit_for_bit(first, second, dtype, saved_at):

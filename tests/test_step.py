@@ -199,21 +199,6 @@ def test_differentiable_equals_the_ordinary_step():
     assert all(torch.equal(p, q) for p, q in zip(params, ordinary.params, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_compiled_step_is_one_graph_and_equal(backend):
-    torch._dynamo.reset()
-    compiled, plain = run(Rprop, parameters(torch.float32), 0), run(Rprop, parameters(torch.float32), 0)
-    step = torch.compile(compiled.optimizer.step, backend=backend, fullgraph=True)
-    for i in range(6):
-        for one in (compiled, plain):
-            for p, g in zip(one.params, gradients(one.params, i), strict=True):
-                p.grad = g
-        step()
-        plain.optimizer.step()
-    assert_same(compiled, plain)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     "options", [{}, {"fused": True}, {"foreach": False}, {"foreach": True}, {"capturable": True}], ids=str

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_rprop.optim import fused
 from lightning_rprop.optim.fused import PLAIN, is_dense
 from lightning_rprop.optim.threads import run
 
@@ -189,7 +190,8 @@ def load_kernel(name: str) -> Callable[..., None] | None:
     """Load a kernel of ``statistics_kernel.py``, compiled on this machine once; ``None`` if it cannot be had."""
     if find_spec("numba") is None:
         return None
-    source = Path(__file__).with_name("statistics_kernel.py").read_text()
+    files = Path(__file__).with_name("statistics_kernel.py"), Path(fused.__file__).with_name("fused_cpu_kernel.py")
+    source = "".join(file.read_text() for file in files)  # the first imports from the second
 
     def compile_module() -> tuple[str, str]:
         from lightning_rprop.monitor.statistics_kernel import compile_kernel

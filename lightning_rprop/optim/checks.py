@@ -7,9 +7,12 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lightning_rprop.optim.dispatch import check_fused
+from lightning_rprop.optim.dispatch import as_real, check_fused
+from lightning_rprop.optim.modes import is_true
+from lightning_rprop.optim.sharding import local
 from lightning_rprop.optim.variants import AT_FLIP
 
 # The state of a parameter, with torch.optim.Rprop's keys and meanings.
@@ -17,27 +20,54 @@ _STATE_KEYS = ("step", "prev", "step_size")
 
 
 def name_of(group: dict[str, Any], index: int) -> str:
-    """Call a parameter by its name, if the optimizer was given names."""
+    """Return the name of a parameter, if the optimizer was given names, else its index."""
     return repr(group["param_names"][index]) if "param_names" in group else f"parameter {index}"
 
 
-def check_state(name: str, param: Tensor, state: dict[str, Any]) -> None:
+def check_state(name: str, param: Tensor, state: Any) -> None:
     """Refuse a state that is not this parameter's, which torch notices at the first step only, in mid-update."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state of {name} is {state!r}, not a dict: it was not saved by Rprop")
     if absent := [key for key in _STATE_KEYS if key not in state]:
         raise ValueError(
             f"the state of {name} has no {', '.join(absent)}, but {', '.join(map(str, state))}: "
             "it was not saved by Rprop"
         )
     for key in ("prev", "step_size"):
-        if state[key].shape != param.shape or state[key].is_complex() != param.is_complex():
+        value = state[key]
+        if not (
+            isinstance(value, Tensor)
+            and value.shape == param.shape
+            and value.is_complex() == param.is_complex()
+            and (value.is_complex() or value.is_floating_point())
+        ):
             raise ValueError(
-                f"the state of {name} does not fit: its {key} is {state[key].dtype} {tuple(state[key].shape)}, the "
+                f"the state of {name} does not fit: its {key} is {_described(value)}, the "
                 f"parameter is {param.dtype} {tuple(param.shape)}: was the checkpoint saved from another model?"
             )
+    for key in ("step", "prev_loss"):
+        value = state.get(key)
+        is_number = isinstance(value, Real) if key == "step" else key not in state  # torch once saved a plain number
+        if not (value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else is_number):
+            raise ValueError(
+                f"the state of {name} does not fit: its {key} is {_described(value)}, not a tensor of one real number: "
+                "was the checkpoint changed after it was saved?"
+            )
+    if not is_true((as_real(local(state["step_size"])) >= 0).all(), unknown=True):
+        raise ValueError(
+            f"the state of {name} does not fit: its step_size has NaN or negative elements: was the checkpoint changed "
+            "after it was saved?"
+        )
 
 
-def check_step(groups: list[dict[str, Any]], states: Mapping[Tensor, Any], loss: float | Tensor | None) -> None:
-    """Refuse what would fail half-way through a step."""
+def _described(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def check_step(
+    groups: list[dict[str, Any]], states: Mapping[Tensor, Any], loss: float | Tensor | None, shared_loss: bool
+) -> None:
+    """Refuse what would fail half-way through a step, or let replicas drift apart."""
     for group in groups:
         params = group["params"]
         grads = [param.grad for param in params]
@@ -45,7 +75,7 @@ def check_step(groups: list[dict[str, Any]], states: Mapping[Tensor, Any], loss:
         if not layouts:
             continue
         if AT_FLIP[group["variant"]].take_back is None:
-            _check_loss(loss)
+            _check_loss(loss, shared_loss)
         if layouts != {torch.strided}:
             i, grad = next((i, g) for i, g in enumerate(grads) if g is not None and g.layout is not torch.strided)
             raise RuntimeError(
@@ -72,7 +102,7 @@ def check_step(groups: list[dict[str, Any]], states: Mapping[Tensor, Any], loss:
 
 
 def _row(param: Tensor, grad: Tensor, states: Mapping[Tensor, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give what a step works with; state that is not there yet will be made like the parameter."""
+    """Return what a step works with; state that is not there yet will be made like the parameter."""
     state = states.get(param, {})
     return param, grad, state.get("prev", param), state.get("step_size", param)
 
@@ -81,8 +111,8 @@ def _is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
-def _check_loss(loss: float | Tensor | None) -> None:
-    """Refuse what iRprop+ cannot compare."""
+def _check_loss(loss: float | Tensor | None, shared_loss: bool) -> None:
+    """Refuse what iRprop+ cannot compare, or what each process would compare for itself."""
     if loss is None:
         raise RuntimeError(
             "variant='irprop+' compares the loss with that of the step before, but got none: call "
@@ -90,3 +120,9 @@ def _check_loss(loss: float | Tensor | None) -> None:
         )
     if not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
         raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}")
+    if not shared_loss and dist.is_available() and dist.is_initialized() and (size := dist.get_world_size()) > 1:
+        raise RuntimeError(
+            f"variant='irprop+' would compare another loss on each of the {size} processes, and their replicas would "
+            "drift apart: train with the FullBatch callback, or reduce the loss over the processes and set "
+            "optimizer.shared_loss = True"
+        )

@@ -1,4 +1,4 @@
-"""Closures that are evaluated more than once in a step, which is right only if they make the gradients anew."""
+"""Closures that are evaluated more than once in a step, which is right only if they zero the gradients."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from lightning_rprop.optim.modes import is_true
 
 
-def evaluate_anew(closure: Callable[[], float], groups: list[dict[str, Any]]) -> float:
-    """Evaluate a closure that must make the gradients anew, and refuse one that does not.
+def evaluate_anew(closure: Callable[[], float | Tensor], groups: list[dict[str, Any]]) -> float | Tensor:
+    """Evaluate a closure that must zero the gradients, and refuse one that does not.
 
     Gradients of NaN are put in its way: a closure that accumulates adds to them, one that does nothing leaves all.
+    Where the loss is NaN or infinite, gradients of NaN do not show that they were not zeroed.
 
     Args:
         closure: Zeroes the gradients, evaluates the model, calls ``backward`` and returns the loss.
@@ -33,9 +37,9 @@ def evaluate_anew(closure: Callable[[], float], groups: list[dict[str, Any]]) ->
         stayed = [(p.grad is marker, marker._version == v) for p, (marker, v) in zip(params, markers, strict=True)]
         untouched = [same and unchanged for same, unchanged in stayed]
         added_to = [p.grad for p, (same, unchanged) in zip(params, stayed, strict=True) if same and not unchanged]
-        if params and (all(untouched) or any(bool(grad.isnan().all()) for grad in added_to)):
+        if params and (all(untouched) or (_is_finite(loss) and any(map(_is_nan, added_to)))):
             raise RuntimeError(
-                f"max_iter={groups[0]['max_iter']} evaluates the closure anew, but it did not zero the "
+                f"max_iter={groups[0]['max_iter']} evaluates the closure again, but it did not zero the "
                 "gradients: let it call zero_grad() and backward(), as for torch.optim.LBFGS. With gradient "
                 "accumulation, and in manual optimization, use max_iter=1"
             )
@@ -47,3 +51,11 @@ def evaluate_anew(closure: Callable[[], float], groups: list[dict[str, Any]]) ->
             if restore:  # all if it failed, else those that the closure has nothing to do with
                 p.grad = grad
     return loss
+
+
+def _is_finite(loss: Any) -> bool:
+    return not isinstance(loss, (float, int, Tensor)) or is_true(torch.as_tensor(loss).isfinite().all(), unknown=True)
+
+
+def _is_nan(grad: Tensor) -> bool:
+    return is_true(grad.isnan().all(), unknown=False)

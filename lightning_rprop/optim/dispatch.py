@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_rprop.optim.compiled import HALVES, update_opaque
 from lightning_rprop.optim.foreach import update_foreach
-from lightning_rprop.optim.fused import PLAIN, fused_update, fused_update_of_all
+from lightning_rprop.optim.fused import DTYPES, PLAIN, fused_update, fused_update_of_all
+from lightning_rprop.optim.modes import is_simulated, is_simulating, is_watched
+from lightning_rprop.optim.scratch import Scratch
 from lightning_rprop.optim.sharding import aligned, is_sharded, local
 from lightning_rprop.optim.update import update
 
@@ -21,7 +24,10 @@ Lists = Sequence[list[Tensor]]
 
 
 class Update(Protocol):
-    """The signature that all implementations of the rule share."""
+    """The signature that all implementations of the rule share.
+
+    A call prepares the move and may fail; the function that it returns makes the move.
+    """
 
     def __call__(  # noqa: D102 (update.py says it)
         self,
@@ -39,7 +45,8 @@ class Update(Protocol):
         forget: bool,
         take_back: bool | Tensor,
         differentiable: bool,
-    ) -> None: ...
+        scratch: Scratch,
+    ) -> Callable[[], None]: ...
 
 
 def dispatch(
@@ -56,28 +63,38 @@ def dispatch(
     """Split the tensors among the implementations.
 
     Args:
-        params: parameters, real or complex.
-        grads: their gradients.
-        prevs: their previous gradients.
-        step_sizes: their step sizes.
+        params: Parameters, real or complex.
+        grads: Their gradients.
+        prevs: Their previous gradients.
+        step_sizes: Their step sizes.
         foreach: ``True`` or ``False`` to have the foreach implementation or not; ``None`` to have it for what no fused
             kernel serves, if it is a plain tensor on a device with foreach kernels.
         fused: ``True`` to have nothing but fused kernels, ``False`` to have none; ``None`` to have them wherever one
-            serves, unless ``foreach`` says what to have.
-        take_back: as the implementations take it.
-        differentiable: autograd must go through the step, which excludes foreach and fused kernels.
+            serves, unless ``foreach`` says what to have or a ``TorchDispatchMode`` watches. Steps that are traced or
+            simulated have none in any case: a kernel would not be seen.
+        take_back: As the implementations take it.
+        differentiable: Autograd must go through the step, which excludes foreach and fused kernels.
 
     Returns:
         Implementations, each with the four lists (params, grads, prevs, step_sizes) for it, in which a complex number
-        is two real ones and a DTensor is the part of it that is here.
+        is two real ones and a DTensor is its local shard.
 
     Raises:
-        RuntimeError: If ``fused`` is ``True`` and no kernel serves one of the parameters.
+        RuntimeError: If ``fused`` is ``True`` and no kernel serves one of the parameters, or if a parameter cannot be
+            updated at all.
     """
     lists: Lists = (params, grads, prevs, step_sizes)
     if torch.compiler.is_compiling():  # the compiler fuses the plain loop itself, across all tensors
-        return [(update, [[as_real(local(t)) for t in tensors] for tensors in lists])]
-    if fused is None and (foreach is not None or differentiable):
+        rows = [[as_real(local(tensor)) for tensor in row] for row in zip(*lists, strict=True)]
+        opaque = [row[0].dtype in HALVES and not differentiable for row in rows]
+        pairs = (
+            (update, [row for row, is_opaque in zip(rows, opaque, strict=True) if not is_opaque]),
+            (update_opaque, [row for row, is_opaque in zip(rows, opaque, strict=True) if is_opaque]),
+        )
+        return [(function, [*map(list, zip(*rows, strict=True))]) for function, rows in pairs if rows]
+    if fused is None and (foreach is not None or differentiable or is_watched()):
+        fused = False
+    if fused and is_simulating():
         fused = False
     if fused is not False and (kernel := fused_update_of_all(params, grads, prevs, step_sizes, take_back)):
         return [(kernel, lists)]
@@ -85,9 +102,12 @@ def dispatch(
         grads = [*map(aligned, grads, params)]
         lists = [[*map(local, tensors)] for tensors in (params, grads, prevs, step_sizes)]
         return dispatch(*lists, foreach=foreach, fused=fused, take_back=take_back, differentiable=differentiable)
+    if any(map(is_simulated, params)):
+        fused = False
 
     batches: dict[tuple[Update, torch.device, torch.dtype], list[list[Tensor]]] = {}
     for i, row in enumerate(zip(*lists, strict=True)):
+        check_parameter(f"parameter {i}", row[0])  # its dtype may have changed since its state was made
         param, grad, prev, step_size = map(as_real, row)
         chosen = "" if fused is False else fused_update(param, grad, prev, step_size, take_back)
         if isinstance(chosen, str):
@@ -106,8 +126,9 @@ def check_fused(names: Sequence[str], rows: Sequence[tuple[Tensor, Tensor, Tenso
     """Refuse ``fused=True`` for parameters that no fused kernel serves.
 
     Args:
-        names: what to call the parameters.
-        rows: parameter, gradient, previous gradient and step size of each, or what will be like them.
+        names: What to call the parameters.
+        rows: Parameter, gradient, previous gradient and step size of each, or what will be like them. Those that have
+            no values yet, as on the meta device, may be served later.
 
     Raises:
         RuntimeError: If there is such a parameter.
@@ -117,8 +138,33 @@ def check_fused(names: Sequence[str], rows: Sequence[tuple[Tensor, Tensor, Tenso
     if not rows or fused_update_of_all(params, grads, prevs, step_sizes, take_back=False):
         return
     for name, row in zip(names, rows, strict=True):
-        param, grad, prev, step_size = map(as_real, row)
-        _refuse(name, fused_update(param, grad, prev, step_size, take_back=False))
+        if not is_simulated(row[0]):
+            param, grad, prev, step_size = map(as_real, row)
+            _refuse(name, fused_update(param, grad, prev, step_size, take_back=False))
+
+
+def check_parameter(name: str, param: Tensor) -> None:
+    """Refuse a parameter that operations cannot update in place.
+
+    Args:
+        name: What to call it.
+        param: The parameter.
+
+    Raises:
+        TypeError: If there is no arithmetic for its dtype, as for integers and float8.
+        ValueError: If several of its elements are one number in memory, as in an expanded tensor.
+    """
+    if param.dtype not in DTYPES and not param.is_complex():
+        raise TypeError(
+            f"Rprop cannot update {name}: its dtype is {param.dtype}. Make it float64, float32, bfloat16, float16 or "
+            "complex, or leave it out"
+        )
+    is_plain = type(param) in PLAIN and param.layout is torch.strided
+    if is_plain and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+        raise ValueError(
+            f"Rprop cannot update {name}: elements share memory, its shape is {tuple(param.shape)} and its strides are "
+            f"{param.stride()}. Make a parameter of a copy, torch.nn.Parameter(param.detach().contiguous())"
+        )
 
 
 def _refuse(name: str, chosen: Update | str) -> None:
@@ -129,5 +175,5 @@ def _refuse(name: str, chosen: Update | str) -> None:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Give a view of the tensor in which a complex number is two real ones."""
+    """Return a view of the tensor in which a complex number is two real ones."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
+
 import torch
 from torch import Tensor
+
+from lightning_rprop.optim.scratch import Scratch
+
+_dtype = attrgetter("dtype")
 
 
 def update_foreach(
@@ -21,9 +28,15 @@ def update_foreach(
     forget: bool,
     take_back: bool | Tensor,
     differentiable: bool,
-) -> None:
-    """Make one move with all tensors at once; arguments as in :func:`lightning_rprop.optim.update.update`."""
+    scratch: Scratch,
+) -> Callable[[], None]:
+    """Compute one move of all tensors at once; arguments as in :func:`lightning_rprop.optim.update.update`.
+
+    Returns:
+        A function that makes the move; it allocates no memory.
+    """
     del differentiable  # dispatch.py never sends a differentiable step here: the foreach kernels write in place
+    del scratch  # the results of all tensors are there at once
 
     # the gradient of what is minimised (two roundings for the decay: a fused multiply-add would depend on the path)
     if maximize:
@@ -37,28 +50,35 @@ def update_foreach(
     flipped = [agreement < 0 for agreement in agreements]
 
     # adapt the step size: 1 + etaplus * (-1, 0, 1), cut to [etaminus, etaplus], is (etaminus, 1, etaplus)
-    factors = torch._foreach_mul(agreements, etaplus)
-    torch._foreach_add_(factors, 1)
-    torch._foreach_clamp_min_(factors, etaminus)
-    torch._foreach_clamp_max_(factors, etaplus)
-    lasts = step_sizes if take_back is False else [step_size.clone() for step_size in step_sizes]
-    torch._foreach_mul_(step_sizes, factors)
-    torch._foreach_clamp_min_(step_sizes, step_size_min)
-    torch._foreach_clamp_max_(step_sizes, step_size_max)
-
-    # move; where the sign changed back by the last step size, or not at all
-    if take_back is False:
-        distances = step_sizes
-    else:
-        distances = [torch.where(*row) for row in zip(flipped, lasts, step_sizes, strict=True)]
-    if forget and take_back is not True:
-        for sign, flip in zip(signs, flipped, strict=True):
-            sign.masked_fill_(flip if take_back is False else flip & ~take_back.to(flip.device), 0)
-    torch._foreach_addcmul_(params, signs, distances, value=-1)
+    torch._foreach_mul_(agreements, etaplus)
+    torch._foreach_add_(agreements, 1)
+    torch._foreach_clamp_min_(agreements, etaminus)
+    torch._foreach_clamp_max_(agreements, etaplus)
+    sizes = list(torch._foreach_mul(step_sizes, agreements))
+    del agreements
+    if [*map(_dtype, sizes)] != [*map(_dtype, step_sizes)]:  # parameters that were given another dtype amid training
+        sizes = [size.to(step_size.dtype) for size, step_size in zip(sizes, step_sizes, strict=True)]
+    torch._foreach_clamp_min_(sizes, step_size_min)
+    torch._foreach_clamp_max_(sizes, step_size_max)
 
     # remember the gradient: 0 where the sign changed, the one before where this one is NaN
     kept = [torch.where(grad.isnan(), prev, grad) for grad, prev in zip(grads, prevs, strict=True)]
     if forget:
         for grad, flip in zip(kept, flipped, strict=True):
             grad.masked_fill_(flip, 0)
-    torch._foreach_copy_(prevs, kept)
+
+    # move; where the sign changed back by the last step size, or not at all
+    if take_back is False:
+        distances = sizes
+    else:
+        distances = [torch.where(*row) for row in zip(flipped, step_sizes, sizes, strict=True)]
+    if forget and take_back is not True:
+        for sign, flip in zip(signs, flipped, strict=True):
+            sign.masked_fill_(flip if take_back is False else flip & ~take_back.to(flip.device), 0)
+
+    def move() -> None:
+        torch._foreach_addcmul_(params, signs, distances, value=-1)
+        torch._foreach_copy_(step_sizes, sizes)
+        torch._foreach_copy_(prevs, kept)
+
+    return move

@@ -11,10 +11,12 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from lightning_rprop.optim.modes import is_transformed
+
 # Tensors that are nothing but their memory.
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
-_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 # Triton's own switch: its interpreter runs the kernels for CUDA on tensors of the CPU.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
@@ -28,7 +30,7 @@ def fused_update_of_all(
     prevs: list[Tensor],
     step_sizes: list[Tensor],
     take_back: bool | Tensor,
-) -> Callable[..., None] | None:
+) -> Callable[..., Callable[[], None]] | None:
     """Choose the fused implementation that serves all parameters, if they are alike, as in nearly every model.
 
     They are if all tensors are plain and contiguous, of one dtype and device, and each parameter's four of one number
@@ -61,7 +63,7 @@ def fused_update_of_all(
 
 def fused_update(
     param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, take_back: bool | Tensor
-) -> Callable[..., None] | str:
+) -> Callable[..., Callable[[], None]] | str:
     """Choose the fused implementation that serves one parameter.
 
     Args:
@@ -92,18 +94,20 @@ def fused_update(
     return _implementation(param, take_back)
 
 
-def _implementation(param: Tensor, take_back: bool | Tensor) -> Callable[..., None] | str:
+def _implementation(param: Tensor, take_back: bool | Tensor) -> Callable[..., Callable[[], None]] | str:
     if isinstance(take_back, Tensor) and take_back.numel() != 1:
         return f"loss_rose has {take_back.numel()} values"
+    if is_transformed():
+        return "it is inside a transformation of torch.func"
     try:
         param.data_ptr()
-    except RuntimeError as error:  # a tensor of a torch.func transformation
+    except RuntimeError as error:  # a wrapper without memory, as functionalization makes
         return str(error)
     return _load(param.device, param.dtype)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Tell whether the elements fill a piece of memory, in whatever order."""
+    """Return whether the elements fill a piece of memory, in whatever order."""
     size = 1
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if length > 1 and stride != size:
@@ -113,9 +117,9 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 @cache
-def _load(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | str:
-    """Load the implementation for a device and a dtype, or tell why there is none."""
-    if dtype not in _DTYPES:
+def _load(device: torch.device, dtype: torch.dtype) -> Callable[..., Callable[[], None]] | str:
+    """Load the implementation for a device and a dtype, or return why there is none."""
+    if dtype not in DTYPES:
         return f"there is no kernel for {dtype}"
     try:
         if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
@@ -129,8 +133,10 @@ def _load(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | str
             fused_cpu.load_kernel(dtype)
             return fused_cpu.update_fused_cpu
     except ImportError as error:
+        if device.type == "cpu":
+            _warn_of_missing_compiler(str(error))
         return f"its compiler cannot be imported: {error}"
-    except Exception as error:  # whatever a compiler has to say: there is another way to make the step
+    except Exception as error:  # whatever a compiler raises: there is another way to make the step
         warnings.warn(
             f"Rprop works without its fused kernel for {dtype} on {device}, which is faster: {error!r}. "
             "Silence this with fused=False",
@@ -138,3 +144,14 @@ def _load(device: torch.device, dtype: torch.dtype) -> Callable[..., None] | str
         )
         return f"its kernel failed: {error!r}"
     return f"there is no kernel for the device {device}"
+
+
+@cache
+def _warn_of_missing_compiler(reason: str) -> None:
+    """Warn once in a process, for all dtypes."""
+    warnings.warn(
+        f"Rprop works without its fused kernel, which is faster, because its compiler cannot be imported: {reason}. "
+        "Install a Numba that supports the installed NumPy and Python (pip install --upgrade numba), or silence this "
+        "with fused=False.",
+        stacklevel=2,
+    )

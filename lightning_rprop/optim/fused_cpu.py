@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_rprop.optim.rounding import rounded
+from lightning_rprop.optim.scratch import Scratch
 from lightning_rprop.optim.threads import run
 
 # The C type of a kernel; calls release the interpreter's lock.
@@ -39,13 +41,18 @@ def update_fused_cpu(
     forget: bool,
     take_back: bool | Tensor,
     differentiable: bool,
-) -> None:
-    """Make one move with all tensors at once; arguments as in :func:`lightning_rprop.optim.update.update`.
+    scratch: Scratch,
+) -> Callable[[], None]:
+    """Prepare one move of all tensors at once; arguments as in :func:`lightning_rprop.optim.update.update`.
 
     The tensors are such as ``fused.py`` lets pass, of one dtype. The rules are in ``fused_cpu_kernel.py``. No memory of
     a tensor's size is allocated.
+
+    Returns:
+        A function that makes the move.
     """
     del differentiable  # dispatch.py never sends a differentiable step here: autograd does not see what a kernel does
+    del scratch
     dtype = params[0].dtype
     kernel = load_kernel(dtype)
     addresses = array("Q", list(map(Tensor.data_ptr, [*params, *grads, *prevs, *step_sizes])))
@@ -56,8 +63,13 @@ def update_fused_cpu(
     arguments = (*tables, numbers.buffer_info()[0], maximize, forget, bool(take_back))
     threads = min(torch.get_num_threads(), sum(sizes) // _CHUNK)
     # what the kernel reads and writes must live as long as a thread of it does
-    run(lambda *_: kernel(*arguments), threads, addresses, sizes, taken, numbers, params, grads, prevs, step_sizes)
-    torch.autograd.graph.increment_version(params)  # as torch's own in-place operations tell autograd
+    needed = (addresses, sizes, taken, numbers, params, grads, prevs, step_sizes)
+    return partial(_move, kernel, arguments, threads, needed)
+
+
+def _move(kernel: Callable[..., None], arguments: tuple[Any, ...], threads: int, needed: tuple[Any, ...]) -> None:
+    run(lambda *_: kernel(*arguments), threads, needed)
+    torch.autograd.graph.increment_version(needed[4])  # as torch's own in-place operations tell autograd
 
 
 @cache

@@ -7,6 +7,7 @@ the kernel on tensors of the CPU.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_rprop.optim.rounding import rounded
+from lightning_rprop.optim.scratch import Scratch
 
 # Elements that a program of the kernel moves, with eight warps: eight a thread.
 _BLOCK = 2048
@@ -46,13 +48,19 @@ def update_fused_cuda(
     forget: bool,
     take_back: bool | Tensor,
     differentiable: bool,
-) -> None:
-    """Make one move with all tensors at once; arguments as in :func:`lightning_rprop.optim.update.update`.
+    scratch: Scratch,
+) -> Callable[[], None]:
+    """Prepare one move of all tensors at once; arguments as in :func:`lightning_rprop.optim.update.update`.
 
     The tensors are such as ``fused.py`` lets pass, of one dtype and device. No memory of a tensor's size is allocated,
     and nothing waits for the device.
+
+    Returns:
+        A function that makes the move.
     """
     del differentiable  # dispatch.py never sends a differentiable step here: autograd does not see what a kernel does
+    del scratch
+    needed = (params, grads, prevs, step_sizes)  # gradients may be copies that nothing else holds
     device, dtype, rows = params[0].device, params[0].dtype, len(params)
     addresses = array("q", list(map(Tensor.data_ptr, [*params, *grads, *prevs, *step_sizes])))
     sizes = list(map(Tensor.numel, params))
@@ -63,23 +71,30 @@ def update_fused_cuda(
         if isinstance(take_back, Tensor) and take_back.device != device:
             take_back = bool(take_back) if take_back.is_cpu else take_back.to(device)
         with torch.cuda.device_of(params[0]):
-            _kernel[(blocks[-1],)](
-                _table_on_device(contents, device),
-                rows,
-                take_back if isinstance(take_back, Tensor) else None,
-                ROWS=triton.next_power_of_2(rows),
-                BLOCK=_BLOCK,
-                STORED=_STORED[dtype],
-                NUMBER=tl.float64 if dtype == torch.float64 else tl.float32,
-                ALIGNED=not any(address % 16 for address in addresses),
-                DECAY=weight_decay != 0,
-                MAXIMIZE=maximize,
-                FORGET=forget,
-                TAKE_BACK=take_back is True,
-                num_warps=8,
-                enable_fp_fusion=False,  # a multiply-add rounds once where the other implementations round twice
-            )
-    torch.autograd.graph.increment_version(params)  # as torch's own in-place operations tell autograd
+            table = _table_on_device(contents, device)
+
+    def move() -> None:
+        if blocks[-1]:
+            with torch.cuda.device_of(params[0]):
+                _kernel[(blocks[-1],)](
+                    table,
+                    rows,
+                    take_back if isinstance(take_back, Tensor) else None,
+                    ROWS=triton.next_power_of_2(rows),
+                    BLOCK=_BLOCK,
+                    STORED=_STORED[dtype],
+                    NUMBER=tl.float64 if dtype == torch.float64 else tl.float32,
+                    ALIGNED=not any(address % 16 for address in addresses),
+                    DECAY=weight_decay != 0,
+                    MAXIMIZE=maximize,
+                    FORGET=forget,
+                    TAKE_BACK=take_back is True,
+                    num_warps=8,
+                    enable_fp_fusion=False,  # a multiply-add rounds once where the other implementations round twice
+                )
+        torch.autograd.graph.increment_version(needed[0])  # as torch's own in-place operations tell autograd
+
+    return move
 
 
 def try_out(dtype: torch.dtype, device: torch.device) -> None:
@@ -105,7 +120,8 @@ def try_out(dtype: torch.dtype, device: torch.device) -> None:
         forget=True,
         take_back=False,
         differentiable=False,
-    )
+        scratch={},
+    )()
 
 
 def _table_on_device(contents: bytes, device: torch.device) -> Tensor:

@@ -26,12 +26,15 @@ def load(name: str, source: str, compile_module: Callable[[], tuple[str, str]]) 
     """Load a function, from disk if it was compiled on such a machine before.
 
     Args:
-        name: what the function is called in the cache.
-        source: what it is compiled from; when that changes, it is compiled anew.
-        compile_module: compiles it, to the function's name and LLVM's text of a module that has it.
+        name: What the function is called in the cache.
+        source: What it is compiled from; when that changes, it is compiled again.
+        compile_module: Compiles it, to the function's name and LLVM's text of a module that has it.
 
     Returns:
         The function's address.
+
+    Raises:
+        RuntimeError: If the compiled code does not have the function.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -56,6 +59,8 @@ def load(name: str, source: str, compile_module: Callable[[], tuple[str, str]]) 
     engine.finalize_object()
     _engines.append(engine)
     address: int = engine.get_function_address(name)
+    if not address:  # a call would end the process
+        raise RuntimeError(f"the compiled code has no function {name}")
     return address
 
 
@@ -76,42 +81,66 @@ def _emit(name: str, compiled_name: str, module_text: str, target: Any) -> bytes
 
 
 def _folders() -> list[Path]:
-    """Where the code may be kept, best first."""
-    folders = []
-    if "NUMBA_CACHE_DIR" in os.environ:
-        folders.append(Path(os.environ["NUMBA_CACHE_DIR"]))
+    """Return where the code may be kept, best first.
+
+    The folders' own name cannot be imported: in a script's folder it must not hide this package. Relative paths would
+    be other folders in each process; the XDG specification ignores them too.
+    """
+    folders = [_absolute("NUMBA_CACHE_DIR")]
     with contextlib.suppress(RuntimeError):  # no home
         home = Path.home()
         if sys.platform == "win32":
-            user = os.environ.get("LOCALAPPDATA") or home / "AppData/Local"
+            folders.append(_absolute("LOCALAPPDATA") or home / "AppData/Local")
         elif sys.platform == "darwin":
-            user = home / "Library/Caches"
+            folders.append(home / "Library/Caches")
         else:
-            user = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
-        folders.append(Path(user))
-    return [folder / "lightning_rprop" for folder in folders]
+            folders.append(_absolute("XDG_CACHE_HOME") or home / ".cache")
+    return [folder / "lightning-rprop" for folder in folders if folder and folder.is_absolute()]
+
+
+def _absolute(variable: str) -> Path | None:
+    """Return the folder that an environment variable names by an absolute path."""
+    folder = Path(os.environ.get(variable, ""))
+    return folder if folder.is_absolute() else None
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Return whether nobody else can have put machine code there; Windows keeps users' folders apart by itself."""
+    return not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+
+
+def _digest(file: Path, code: bytes) -> bytes:
+    """Return a digest of the code and of what it is, so that no other kernel's file is taken for it."""
+    return hashlib.sha256(file.name.encode() + b"\0" + code).digest()
 
 
 def _read(file: Path) -> bytes | None:
-    """Give the code, if the file is there and whole."""
+    """Return the code, if the file is there, whole, and written by this user."""
     try:
-        data = file.read_bytes()
+        if not _is_ours(file.parent.stat()):
+            return None
+        with file.open("rb") as stream:
+            if not _is_ours(os.fstat(stream.fileno())):
+                return None
+            data = stream.read()
     except OSError:
         return None
     digest, code = data[:_DIGEST_SIZE], data[_DIGEST_SIZE:]
-    return code if hashlib.sha256(code).digest() == digest else None
+    return code if _digest(file, code) == digest else None
 
 
 def _write(file: Path, code: bytes) -> bool:
-    """Keep the code, all of it or nothing, and tell whether that was possible."""
+    """Keep the code, all of it or nothing, and return whether that was possible."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(file.parent.stat()):
+            return False
         handle, temporary = tempfile.mkstemp(dir=file.parent)
     except OSError:
         return False
     try:
         with open(handle, "wb") as stream:
-            stream.write(hashlib.sha256(code).digest() + code)
+            stream.write(_digest(file, code) + code)
         os.replace(temporary, file)
     except OSError:
         return False

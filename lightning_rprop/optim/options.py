@@ -8,7 +8,7 @@ them loads under ``torch.load(..., weights_only=True)``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any
@@ -49,6 +49,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements: lr is one initial step size for all")
+    if isinstance(lr, Tensor) and not lr.is_floating_point():
+        raise TypeError(f"Tensor lr must be a floating-point tensor, got {lr!r}: write for example torch.tensor(1e-2)")
     number = lr.item() if isinstance(lr, Tensor) else _number("lr", lr)
     if not 0.0 <= number < math.inf:
         raise ValueError(
@@ -135,13 +137,46 @@ def check_dtypes(options: Mapping[str, Any], params: Iterable[tuple[str, Tensor]
 
 
 def initial_step_size(options: Mapping[str, Any]) -> float:
-    """Give ``lr``, a number or a tensor of one element, as a number."""
+    """Return ``lr``, a number or a tensor of one element, as a number."""
     return options["lr"].item() if isinstance(options["lr"], Tensor) else options["lr"]
+
+
+def differences(own: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Compare the options of groups that change what a step does.
+
+    Args:
+        own: Groups before a state was loaded.
+        loaded: The same groups after that.
+
+    Returns:
+        A text for each option that has another value, with both values. Where a learning rate scheduler is at work, lr
+        is that before it.
+    """
+    texts = []
+    for i, (before, after) in enumerate(zip(own, loaded, strict=True)):
+        where = f"in parameter group {i} " if len(own) > 1 else ""
+        for name in ("variant", "lr", "etas", "step_sizes", "weight_decay", "max_iter", "maximize"):
+            a, b = (group.get("initial_lr", group[name]) if name == "lr" else group[name] for group in (before, after))
+            if not _is_same(a, b):
+                a, b = (value.item() if isinstance(value, Tensor) else value for value in (a, b))
+                texts.append(f"{where}{name} is {b!r}, not {a!r}")
+    return texts
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        dtypes = [value.dtype for value in (a, b) if isinstance(value, Tensor)]
+        dtype = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)  # a number rounds when it becomes a tensor
+        a, b = (torch.as_tensor(value, dtype=dtype, device="cpu").item() for value in (a, b))
+    return bool(a == b)
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number of more than 308 digits
+            return math.inf
     hint = ": YAML reads a number such as 1e-2 as text, write 1.0e-2" if isinstance(value, str) else ""
     raise TypeError(f"{name} must be made of numbers, got {value!r} ({type(value).__name__}){hint}")
 

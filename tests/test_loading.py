@@ -1,0 +1,178 @@
+"""What ``load_state_dict`` refuses before it changes anything, and the options that it brings."""
+
+import copy
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import parameters, run
+
+from lightning_rprop import Rprop
+
+# What a damaged or foreign state holds, and what the error says.
+DAMAGE = {
+    "prev_loss-number": ("prev_loss", 0.5, "its prev_loss is 0.5, not a tensor of one real number"),
+    "prev_loss-text": ("prev_loss", "low", "its prev_loss is 'low', not a tensor of one real number"),
+    "prev_loss-none": ("prev_loss", None, "its prev_loss is None, not a tensor"),
+    "prev_loss-size": ("prev_loss", torch.ones(2), r"its prev_loss is torch.float32 \(2,\), not a tensor of one"),
+    "prev_loss-complex": ("prev_loss", torch.tensor(1j), r"its prev_loss is torch.complex64 \(\), not a tensor of one"),
+    "step-text": ("step", "3", "its step is '3', not a tensor of one real number"),
+    "step-none": ("step", None, "its step is None, not a tensor"),
+    "step-size": ("step", torch.ones(2), r"its step is torch.float32 \(2,\), not a tensor of one"),
+    "prev-list": ("prev", [1.0, 2.0], r"its prev is \[1.0, 2.0\], the parameter is torch.float32 \(2,\): was"),
+    "prev-complex": ("prev", torch.ones(2) * 1j, r"its prev is torch.complex64 \(2,\), the parameter is torch.float32"),
+    "prev-int": ("prev", torch.ones(2, dtype=torch.int64), r"its prev is torch.int64 \(2,\), the parameter is"),
+    "step_size-bool": ("step_size", torch.ones(2) > 0, r"its step_size is torch.bool \(2,\), the parameter is"),
+    "step_size-number": ("step_size", 0.01, "its step_size is 0.01, the parameter is"),
+    "step_size-negative": ("step_size", torch.tensor([0.1, -0.1]), "its step_size has NaN or negative elements"),
+    "step_size-nan": ("step_size", torch.tensor([0.1, torch.nan]), "its step_size has NaN or negative elements"),
+}
+
+
+def saved(**options):
+    return run(Rprop, [torch.randn(2, requires_grad=True) for _ in range(2)], 2, **options).optimizer.state_dict()
+
+
+@pytest.mark.parametrize(("key", "value", "message"), DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_damaged_state_changes_nothing(key, value, message, steps):
+    state = saved()
+    state["state"][1][key] = value
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    optimizer = run(Rprop, params, steps).optimizer
+    before = pickle.dumps((optimizer.param_groups, dict(optimizer.state)))
+    with pytest.raises(ValueError, match=f"the state of parameter 1 does not fit: {message}"):
+        optimizer.load_state_dict(state)
+    assert pickle.dumps((optimizer.param_groups, dict(optimizer.state))) == before
+
+
+def test_state_that_is_no_dict_changes_nothing():
+    state = saved()
+    state["state"][1] = [1.0]
+    with pytest.raises(ValueError, match=r"the state of parameter 1 is \[1.0\], not a dict"):
+        Rprop([torch.ones(2, requires_grad=True) for _ in range(2)]).load_state_dict(state)
+
+
+def test_state_is_checked_after_the_users_hooks():
+    state = saved()
+    params = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    optimizer = Rprop(params)
+    state["state"][0]["prev"] = torch.ones(5)
+    optimizer.register_load_state_dict_pre_hook(lambda _, given: given["state"][0].update(prev=torch.ones(2)))
+    optimizer.load_state_dict(state)
+    assert optimizer.state[params[0]]["prev"].tolist() == [1.0, 1.0]
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+
+
+# ------------------------------------------------------------------------------------------------ other options
+
+# An option of the checkpoint, that of the optimizer that loads it, and how the warning names them.
+OTHER = {
+    "variant": ("irprop-", "rprop+", "variant is 'irprop-', not 'rprop+'"),
+    "lr": (0.1, 0.5, "lr is 0.1, not 0.5"),
+    "etas": ((0.5, 1.2), (0.3, 1.5), "etas is (0.5, 1.2), not (0.3, 1.5)"),
+    "step_sizes": ((1e-6, 50), (1e-3, 1), "step_sizes is (1e-06, 50.0), not (0.001, 1.0)"),
+    "weight_decay": (0.0, 0.1, "weight_decay is 0.0, not 0.1"),
+    "max_iter": (1, 5, "max_iter is 1, not 5"),
+    "maximize": (True, False, "maximize is True, not False"),
+}
+
+
+def fresh(**options):
+    return Rprop([torch.ones(2, requires_grad=True) for _ in range(2)], **options)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_option_is_named_once_and_remedy_works(name):
+    theirs, ours, text = OTHER[name]
+    state, optimizer = saved(**{name: theirs}), fresh(**{name: ours})
+    asked = optimizer.param_groups[0][name]
+    words = f"brings other options than this optimizer had, and they are in force: {re.escape(text)}. To "
+    with pytest.warns(UserWarning, match=words) as caught:
+        optimizer.load_state_dict(state)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert optimizer.param_groups[0][name] == state["param_groups"][0][name]
+    optimizer.param_groups[0][name] = asked
+    assert optimizer.state_dict()["param_groups"][0][name] == asked
+
+
+def test_groups_are_compared_one_by_one():
+    groups = [{"params": torch.ones(2, requires_grad=True), "lr": lr} for lr in (0.1, 0.2, 0.3)]
+    state = Rprop(groups, variant="rprop-").state_dict()
+    groups = [{"params": torch.ones(2, requires_grad=True), "lr": lr} for lr in (0.1, 0.5, 0.3)]
+    with pytest.warns(UserWarning, match="in force: in parameter group 1 lr is 0.2, not 0.5. To") as caught:
+        Rprop(groups, variant="rprop-").load_state_dict(state)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, {}),
+        ({"lr": 0.1}, {"lr": torch.tensor(0.1)}),
+        ({"lr": torch.tensor(0.1)}, {"lr": 0.1}),
+        ({"lr": torch.tensor(0.1, dtype=torch.float64)}, {"lr": torch.tensor(0.1)}),
+        ({"etas": [0.4, 1.3]}, {"etas": (0.4, 1.3)}),
+        ({"foreach": True}, {"fused": False}),
+        ({"lr": 1}, {"lr": 1.0}),
+    ],
+    ids=str,
+)
+def test_same_options_are_not_warned_of(theirs, ours):
+    fresh(**ours).load_state_dict(saved(**theirs))
+
+
+def test_torch_checkpoint_is_not_warned_of():
+    state = run(torch.optim.Rprop, parameters(torch.float32), 1).optimizer.state_dict()
+    Rprop(parameters(torch.float32), variant="rprop+", weight_decay=0.25, max_iter=3).load_state_dict(state)
+
+
+def test_scheduled_lr_is_not_warned_of():
+    """What a scheduler made of lr is no other option."""
+    optimizers = [fresh(lr=0.1), fresh(lr=0.1)]
+    for optimizer in optimizers:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + step)
+    optimizers[0].param_groups[0]["lr"] = 0.01
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_warns(rank, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fresh(variant="rprop+").load_state_dict(saved())
+    assert len(caught) == (rank == 0)
+
+
+# ------------------------------------------------------------------------------------------------------ pickles
+
+
+def test_pickle_names_the_public_path_and_old_ones_load():
+    optimizer = run(Rprop, parameters(torch.float32), 2).optimizer
+    assert (Rprop.__module__, Rprop.__qualname__) == ("lightning_rprop", "Rprop")
+    text = pickle.dumps(optimizer, protocol=0)
+    assert b"clightning_rprop\nRprop" in text
+    old = pickle.loads(text.replace(b"clightning_rprop\nRprop", b"clightning_rprop.optim.rprop\nRprop"))
+    assert type(old) is Rprop
+
+
+def test_shared_loss_is_kept_by_copies_only():
+    optimizer = fresh()
+    assert optimizer.shared_loss is False
+    optimizer.shared_loss = True
+    assert copy.deepcopy(optimizer).shared_loss is pickle.loads(pickle.dumps(optimizer)).shared_loss is True
+    state = optimizer.state_dict()
+    assert state.keys() == {"state", "param_groups"}
+    assert "shared_loss" not in state["param_groups"][0]
+    other = fresh()
+    other.load_state_dict(state)
+    assert other.shared_loss is False
+    older = Rprop.__new__(Rprop)
+    older.__setstate__({key: value for key, value in optimizer.__getstate__().items() if key != "shared_loss"})
+    assert older.shared_loss is False
