@@ -139,7 +139,8 @@ def weigh_logs(trainer: pl.Trainer, weight: float) -> None:
 def is_logged(trainer: pl.Trainer, name: str) -> bool:
     """Return whether a hook of the module or a callback has logged something by this name since the epoch began."""
     results = trainer._results
-    return results is not None and any(metric.meta.name == name for metric in results.values())
+    found = [metric for metric in (results or {}).values() if metric.meta.name == name]
+    return not all(metric.has_reset for metric in found)  # those of another epoch are still there
 
 
 def starts_scripts(trainer: pl.Trainer) -> bool:

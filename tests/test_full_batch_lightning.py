@@ -279,6 +279,13 @@ def test_log_as_that_the_module_logs_is_an_error(log, size, tmp_path):
     assert all_equal(module.parameters(), start)
 
 
+def test_log_as_in_a_second_fit_of_the_trainer(tmp_path):
+    fitter = fit(tmp_path, Regression(), log_as="loss", epochs=2)
+    fitter.fit_loop.max_epochs = 4
+    fitter.fit(Regression(), FullBatchLoader((X, Y), 7))
+    assert fitter.global_step == 4
+
+
 @pytest.mark.filterwarnings("ignore:.*configure_optimizers` returned `None`")
 def test_no_optimizer_is_an_error(tmp_path):
     with pytest.raises(MisconfigurationException, match="configure_optimizers returned None: return one"):

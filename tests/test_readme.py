@@ -42,7 +42,7 @@ def folder(tmp_path):
 
 def test_every_block_is_known():
     assert {language for language, _ in BLOCKS} == {"python", "bash"}
-    assert set(SNIPPETS) == {"plain.py", "fit.py", "large.py", "watch.py", "sweep.py", "app.py", "cli.py"}
+    assert set(SNIPPETS) == {"plain.py", "fit.py", "large.py", "take_over.py", "watch.py", "sweep.py", "app.py", "cli.py"}
     # these two install first: .ci/run runs the lines whole, test_app.py what the first of them starts
     assert SET_UP.format("examples", "python examples/train.py") in COMMANDS
     assert SET_UP.format("test", "pytest -n 2") in COMMANDS
@@ -51,6 +51,10 @@ def test_every_block_is_known():
 
 def test_plain_snippet_trains(folder):
     assert float(run_seeded("plain.py", folder).split()[-1]) < 1e-3
+
+
+def test_take_over_snippet_makes_a_step_an_epoch(folder):
+    assert re.match(r"5 tensor\([\d.e-]+", run("python take_over.py", folder).strip().splitlines()[-1])
 
 
 def test_lightning_snippet_trains_and_logs(folder):
