@@ -9,6 +9,8 @@ same name, and Hydra 1.3 merges an app's ``optimizer/rprop.yaml`` into a store e
 
 from __future__ import annotations
 
+import os
+
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.object_type import ObjectType
@@ -17,8 +19,14 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from lightning_rprop.config import CONFIGS
+from lightning_rprop.hydra_job import RANK_FILE
 
 _SCHEME = "lightning-rprop"
+
+if RANK_FILE in os.environ:
+    from lightning_rprop.hydra_job.rank import join_job
+
+    join_job()
 
 
 class LightningRpropSearchPath(SearchPathPlugin):
