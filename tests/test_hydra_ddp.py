@@ -247,7 +247,7 @@ def test_the_end_of_the_sweep_leaves_nothing(way, run, tmp_path):
             for process in filter(is_there, processes | {sweep.pid} if sweep.poll() is None else processes):
                 os.kill(process, signal.SIGKILL)
     assert folders(tmp_path / "sweep") == {"0", "multirun.yaml"}
-    assert not folders(temporary)
+    assert {name for name in folders(temporary) if not name.startswith("torchinductor")} == set()  # torch's own cache
 
 
 def test_the_jobs_for_slurm(tmp_path):
