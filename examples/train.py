@@ -20,8 +20,14 @@ from omegaconf import DictConfig
 if missing := [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]:
     sys.exit(f"{Path(__file__).name} needs {', '.join(missing)}: pip install 'lightning-rprop[examples]'")
 
+# Hydra 1.4 wants to know what a config may instantiate, and deprecates version_base, which Hydra 1.3 wants.
+ALLOWED = ["lightning.*", "lightning_rprop.*", "tabular.*", "torch.optim.*"]
+OPTIONS: dict[str, Any] = (
+    {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {"execution_whitelist": ALLOWED}
+)
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+
+@hydra.main(config_path="../conf", config_name="train", **OPTIONS)
 def main(cfg: DictConfig) -> float:
     """Train, test, and say where everything is; returns the score on the held-out part, for sweepers."""
     # here, so that --help and the completion of the command line need not wait for torch

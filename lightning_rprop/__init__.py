@@ -1,7 +1,7 @@
 """Rprop for PyTorch Lightning.
 
-The public names are loaded when they are first used (PEP 562): Hydra imports this package at the start of every app on
-the machine, so importing it must not cost an import of torch.
+The public names are loaded when they are first used (PEP 562), because Hydra imports this package whenever any app on
+the machine starts, which must not import torch.
 """
 
 from __future__ import annotations
@@ -46,8 +46,18 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value  # the next look-up finds it without coming here
+    try:
+        module = importlib.import_module(_HOME[name])
+    except ModuleNotFoundError as error:
+        if error.name != "lightning":
+            raise
+        message = (
+            f"lightning_rprop.{name} needs Lightning, which is not installed: pip install lightning. "
+            "Rprop and the configs for Hydra work without it."
+        )
+        raise ModuleNotFoundError(message, name=error.name) from error
+    value = getattr(module, name)
+    globals()[name] = value  # the next look-up does not come here
     return value
 
 

@@ -1,4 +1,4 @@
-"""Classes told by their names: Lightning comes in two packages, with classes of their own of the same names."""
+"""isinstance() by class name, because ``lightning`` and ``pytorch_lightning`` define separate classes."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from typing import Any
 
 
 def is_called(value: Any, name: str) -> bool:
-    """Tell whether a value is of a class of this name, or of one derived from it."""
+    """Return whether the value's class, or a base class of it, has this name."""
     return any(cls.__name__ == name for cls in type(value).__mro__)

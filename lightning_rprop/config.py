@@ -1,7 +1,7 @@
-"""Hydra structured configs: plain dataclasses, no torch, as Hydra imports this module at the start of every app.
+"""Hydra structured configs: plain dataclasses without torch, because Hydra imports this module whenever an app starts.
 
-``CONFIGS`` is what any Hydra app finds once the package is installed (``hydra_plugins/lightning_rprop``); the
-dataclasses are also there for apps that compose their own structured configs.
+Any Hydra app finds the entries of ``CONFIGS`` once the package is installed (``hydra_plugins/lightning_rprop``). Apps
+with their own structured configs can use the dataclasses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Optional, Tuple  # noqa: UP035 (OmegaConf 2.3 reads thes
 
 from lightning_rprop.monitor.names import DEFAULT
 
-# An Enum, as OmegaConf 2.3 knows no Literal: a wrong name is then refused at composition, with the list of choices.
+# An Enum, because OmegaConf 2.3 has no Literal: a wrong name is refused at composition, with the list of choices.
 Variant = Enum(
     "Variant", {"irprop-": "irprop-", "irprop+": "irprop+", "rprop-": "rprop-", "rprop+": "rprop+"}, type=str
 )
@@ -21,9 +21,9 @@ Variant = Enum(
 
 @dataclass
 class RpropConf:
-    """Config of :class:`lightning_rprop.Rprop`: the same names and defaults, ``params`` left to the call.
+    """Config of :class:`lightning_rprop.Rprop`: the same names and defaults, without ``params``.
 
-    ``_convert_`` keeps OmegaConf's containers out of the optimizer, whose checkpoints would not load otherwise.
+    ``_convert_`` keeps OmegaConf containers out of the optimizer; its checkpoints would not load otherwise.
     """
 
     _target_: str = "lightning_rprop.Rprop"
@@ -68,9 +68,10 @@ class FullBatchConf:
     weight: Any = None
     log_as: Optional[str] = None  # noqa: UP045
     prog_bar: bool = False
+    take_over: bool = False
 
 
-# Group and name to content. Callbacks lie under a key of their own, so that an app can list several.
+# Group and name to content. Each callback has its own key, so that an app can list several.
 CONFIGS: Mapping[str, Any] = {
     "optimizer/rprop": RpropConf,
     "optimizer/rprop_plus": RpropConf(variant=Variant["rprop+"]),

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -154,24 +154,23 @@ def starts_ranks(trainer: pl.Trainer) -> bool:
     return environment is not None and not environment.creates_processes_externally
 
 
-def children(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
-    """Give the processes that the launcher of scripts has started, in the order of their ranks."""
-    return list(getattr(trainer.strategy.launcher, "procs", []))
-
-
 @contextmanager
 def start_ranks_by(
     trainer: pl.Trainer,
-    command: Callable[[int], tuple[Sequence[str], str]],
+    start: Callable[[int, dict[str, str]], subprocess.Popen[bytes]],
     watch: Callable[[list[subprocess.Popen[bytes]]], None],
 ) -> Iterator[None]:
-    """Let the launcher of scripts start rank ``r`` by ``command(r)``, in its folder, and call ``watch`` once they run.
+    """Make the script launcher start local rank ``r`` by ``start(r, environment)`` and then call ``watch(processes)``.
 
-    Under Hydra its own command is the whole sweep again (Lightning issues 11300 and 18175), and its own watch kills
-    this process, and with it the sweep, when a rank has failed. Both are functions of the module.
+    Under Hydra its own command is the whole sweep (Lightning issues 11300 and 18175), and its own observer kills this
+    process, and with it the sweep, when a rank fails. These are names in the launcher's module.
     """
     module = _script_launcher(trainer)
-    replaced = {"_hydra_subprocess_cmd": command, "_launch_process_observer": watch}
+    replaced = {
+        "subprocess": SimpleNamespace(Popen=lambda command, env, cwd: start(int(env["LOCAL_RANK"]), env)),
+        "_hydra_subprocess_cmd": lambda local_rank: ([], None),
+        "_launch_process_observer": watch,
+    }
     before = {name: getattr(module, name) for name in replaced}
     vars(module).update(replaced)
     try:

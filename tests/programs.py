@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 
-def run(folder, *command, fails=False, timeout=300, environment=None):
-    """Run ``python command`` in the folder; give what it printed, or as an error where it is to fail."""
+def run(folder, *command, fails=False, timeout=300, environment=None, streams="one"):
+    """Run ``python command`` in the folder; return its output, or its errors if it must fail, or both streams."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=folder,
@@ -18,4 +18,6 @@ def run(folder, *command, fails=False, timeout=300, environment=None):
         timeout=timeout,
     )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    if streams == "both":
+        return done.stdout + done.stderr
     return done.stderr if fails else done.stdout

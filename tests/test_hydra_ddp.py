@@ -200,7 +200,7 @@ def test_from_the_process_of_a_launcher(launcher, start, run, tmp_path):
 def test_a_sweep_in_each_process_is_an_error(run, tmp_path):
     start = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "pack/app.py")
     error = run("-m", "lr=0.1,0.2", "hydra.sweep.dir=sweep", start=start, fails=True)
-    assert "Each of 2 processes has a sweep of its own here" in error
+    assert "Each of 2 processes runs its own sweep here" in error
     assert not list(tmp_path.glob("sweep/*/rank*.pt"))
 
 
@@ -213,10 +213,18 @@ def is_there(process):
 
 
 @pytest.mark.parametrize("way", ["ctrl-c", "kill"])
-def test_the_end_of_the_sweep_leaves_no_rank(way, run, tmp_path):
+def test_the_end_of_the_sweep_leaves_nothing(way, run, tmp_path):
+    temporary = tmp_path / "${oc.env:HOME} = 'a'"  # is a path, whatever Hydra would make of it
+    temporary.mkdir()
     command = [sys.executable, "pack/app.py", "-m", "fail=sleep-all", "lr=0.1,0.2", "hydra.sweep.dir=sweep"]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
     with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     ) as sweep:
         processes = set()
         try:
@@ -239,6 +247,8 @@ def test_the_end_of_the_sweep_leaves_no_rank(way, run, tmp_path):
             for process in filter(is_there, processes | {sweep.pid} if sweep.poll() is None else processes):
                 os.kill(process, signal.SIGKILL)
     assert folders(tmp_path / "sweep") == {"0", "multirun.yaml"}
+    left = [path for path in temporary.rglob("*") if path.is_file() and b"sleep-all" in path.read_bytes()]
+    assert not left  # no file with the job's config; torch leaves files without it
 
 
 def test_the_jobs_for_slurm(tmp_path):

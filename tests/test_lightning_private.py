@@ -71,7 +71,7 @@ def test_what_is_used_is_there_and_does_what_is_relied_on(tmp_path):
         launcher = importlib.import_module(f"{package}.strategies.launchers.subprocess_script")
         assert list(inspect.signature(launcher._hydra_subprocess_cmd).parameters) == ["local_rank"]
         assert list(inspect.signature(launcher._launch_process_observer).parameters) == ["child_processes"]
-        assert {"_hydra_subprocess_cmd", "_launch_process_observer"} <= {
+        assert {"subprocess", "_hydra_subprocess_cmd", "_launch_process_observer"} <= {
             *launcher._SubprocessScriptLauncher._call_children_scripts.__code__.co_names,
             *launcher._SubprocessScriptLauncher.launch.__code__.co_names,
         }

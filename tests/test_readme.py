@@ -42,7 +42,16 @@ def folder(tmp_path):
 
 def test_every_block_is_known():
     assert {language for language, _ in BLOCKS} == {"python", "bash"}
-    assert set(SNIPPETS) == {"plain.py", "fit.py", "large.py", "take_over.py", "watch.py", "sweep.py", "app.py", "cli.py"}
+    assert set(SNIPPETS) == {
+        "plain.py",
+        "fit.py",
+        "large.py",
+        "take_over.py",
+        "watch.py",
+        "sweep.py",
+        "app.py",
+        "cli.py",
+    }
     # these two install first: .ci/run runs the lines whole, test_app.py what the first of them starts
     assert SET_UP.format("examples", "python examples/train.py") in COMMANDS
     assert SET_UP.format("test", "pytest -n 2") in COMMANDS

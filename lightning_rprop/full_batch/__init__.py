@@ -1,6 +1,5 @@
 """Full-batch training: one optimizer step is one pass over the whole data set."""
 
-from lightning_rprop.full_batch.callback import FullBatch
-from lightning_rprop.full_batch.loader import FullBatchLoader
+from lightning_rprop import FullBatch, FullBatchLoader  # there, a missing Lightning is explained
 
 __all__ = ["FullBatch", "FullBatchLoader"]

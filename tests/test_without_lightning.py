@@ -1,0 +1,49 @@
+"""The package where Lightning is missing or broken."""
+
+import pytest
+from programs import run
+
+HIDE = """
+import importlib.abc, sys
+
+
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("lightning", "pytorch_lightning"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Hide())
+"""
+
+
+@pytest.mark.parametrize("name", ["FullBatch", "StepSizeMonitor", "hydra_ddp"])
+def test_missing_lightning_is_named(name, tmp_path):
+    error = run(tmp_path, "-c", f"{HIDE}\nfrom lightning_rprop import {name}", fails=True)
+    assert error.splitlines()[-1] == (
+        f"ModuleNotFoundError: lightning_rprop.{name} needs Lightning, which is not installed: pip install lightning. "
+        "Rprop and the configs for Hydra work without it."
+    )
+
+
+def test_rprop_and_configs_work_without_lightning(tmp_path):
+    code = """
+import torch
+from hydra.utils import instantiate
+from lightning_rprop import FullBatchConf, Rprop, RpropConf, StepSizeMonitorConf
+weight = torch.nn.Parameter(torch.ones(2))
+weight.grad = torch.ones(2)
+optimizer = instantiate(RpropConf(lr=0.25))([weight])
+optimizer.step()
+assert isinstance(optimizer, Rprop)
+assert torch.equal(weight, torch.full((2,), 0.75))
+assert "lightning" not in sys.modules
+"""
+    run(tmp_path, "-c", HIDE + code)
+
+
+def test_broken_lightning_shows_its_own_error(tmp_path):
+    (tmp_path / "lightning").mkdir()
+    (tmp_path / "lightning" / "__init__.py").write_text("import missing_part\n")
+    error = run(tmp_path, "-c", "from lightning_rprop import FullBatch", fails=True)
+    assert error.splitlines()[-1] == "ModuleNotFoundError: No module named 'missing_part'"
