@@ -180,6 +180,7 @@ def different(rank):
     yield "different steps", FullBatchLoader((x, y), steps_per_epoch=1 + rank), {}
     yield "different sizes", FullBatchLoader((x, y), 4 + rank), {}
     yield "different reductions", FullBatchLoader((x, y)), {"reduction": ("mean", "sum")[rank % 2]}
+    yield "different weights", FullBatchLoader((x, y)), {"weight": None if rank else lambda batch: len(batch[0])}
     held, streamed = FullBatchLoader((x, y)), FullBatchLoader(DataLoader(TensorDataset(x, y), batch_size=4))
     yield "held and streamed", held if rank else streamed, {}
 

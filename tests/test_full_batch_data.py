@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lit import all_equal, trainer
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
@@ -347,3 +348,17 @@ def test_sequential_batches_of_a_data_loader_without_collation(tmp_path):
     batches = BatchSampler(SequentialSampler(X), 7, drop_last=False)
     module = fit(tmp_path, DataLoader(TensorDataset(X, Y), batch_size=None, sampler=batches))
     assert torch.equal(torch.cat(module.targets[:3]), Y.flatten())
+
+
+def test_dataset_without_length_is_refused():
+    class Endless(Dataset):
+        def __getitem__(self, i):
+            return X[i % 20]
+
+    with pytest.raises(TypeError, match=r"Endless has no __len__.*IterableDataset"):
+        FullBatchLoader(Endless())
+
+
+def test_combined_loader_is_refused():
+    with pytest.raises(TypeError, match=r"data is a CombinedLoader.*give one DataLoader"):
+        FullBatchLoader(CombinedLoader({"a": DataLoader(X), "b": DataLoader(Y)}))

@@ -395,12 +395,23 @@ def test_spectral_norm_under_micro_batches_is_warned_of(make, tmp_path):
     fit(tmp_path, Regression(net=layers(make(nn.Linear(8, 8)).eval())), 7)
 
 
-def test_parameter_hooks_under_micro_batches_are_warned_of(tmp_path):
+def clamp(param):
+    param.grad.clamp_(-0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda param: param.register_hook(lambda grad: grad.clamp(-0.1, 0.1)),
+        lambda param: param.register_post_accumulate_grad_hook(clamp),
+    ],
+)
+def test_parameter_hooks_under_micro_batches_are_warned_of(register, tmp_path):
     def make():
         module = Regression()
-        module.net[0].weight.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+        register(module.net[0].weight)
         return module
 
-    with pytest.warns(UserWarning, match="net.0.weight has a hook on its gradient.*Do that in on_after_backward"):
+    with pytest.warns(UserWarning, match=r"net.0.weight has a hook on its gradient.*Do that in on_after_backward"):
         fit(tmp_path, make(), 7)
     fit(tmp_path, make(), None)

@@ -96,6 +96,7 @@ DIFFERENCES = {
     "different steps": "steps_per_epoch is 1 on rank 0, 2 on rank 1",
     "different sizes": "micro_batch_size is 4 on rank 0, 5 on rank 1",
     "different reductions": "FullBatch's reduction is mean on rank 0, sum on rank 1",
+    "different weights": "whether FullBatch has a weight is True on rank 0, False on rank 1",
     "held and streamed": "what is done with the data is streamed on rank 0, held on rank 1",
 }
 

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, OnExceptionCheckpoint, Timer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lit import all_equal, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -148,6 +149,23 @@ def test_half_made_move_is_undone(fails_at, tmp_path):
         fit(tmp_path, module)
     assert same(everything(module), module.before[0])
     assert bool(module.optimizers().optimizer.state) == (fails_at > 0)
+
+
+def test_grad_scaler_is_put_back(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+
+    class Behind(Regression):
+        def optimizer_step(self, *args, **kwargs):
+            self.before = scaler.state_dict()
+            super().optimizer_step(*args, **kwargs)
+            if self.global_step == 5:
+                raise ArithmeticError("behind the move")
+
+    module = Behind()
+    with pytest.raises(ArithmeticError):
+        fit(tmp_path, module, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert scaler.state_dict() == module.before
+    assert module.before["scale"] > 2.0**10
 
 
 def left_behind(loader, module, full_batch):

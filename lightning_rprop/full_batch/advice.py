@@ -26,12 +26,17 @@ def warn_of_micro_batches(pl_module: pl.LightningModule) -> None:
             "weights: the gradient depends on how the data are cut. Put the layer in eval mode, or take the whole set "
             "at once on one device (micro_batch_size=None)"
         )
-    if names := [name for name, param in pl_module.named_parameters() if param._backward_hooks]:
+    if names := [name for name, param in pl_module.named_parameters() if _has_hooks(param)]:
         rank_zero_warn(
             f"{_listed(names)} has a hook on its gradient, which gets the part of each micro-batch, scaled: a mask is "
             "right, but what is not linear (clamping, signs, noise) is not. Do that in on_after_backward, which gets "
             "the gradient of all samples"
         )
+
+
+def _has_hooks(param: Tensor) -> bool:
+    """Return whether something was given to register_hook() or register_post_accumulate_grad_hook()."""
+    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)  # torch has no public names of these
 
 
 def _is_spectral_norm(layer: nn.Module) -> bool:

@@ -156,7 +156,7 @@ class FullBatch(Callback):
         """Take care of the loader and of Lightning's closure."""
         loader = _find_loader(trainer)
         self._put_back.append(loader.release)
-        _share(trainer, loader, self.reduction)
+        self._share(trainer, loader)
         evaluation = Evaluation(trainer, pl_module, loader, self.reduction, self.weight)
         self._put_back.append(evaluation.close)
         if evaluation.engine is not None and (clip := evaluation.engine.gradient_clipping()):
@@ -174,7 +174,7 @@ class FullBatch(Callback):
         if self._fit is not None and trainer.train_dataloader is not self._fit.evaluation.loader:
             self._fit.evaluation.loader.release()
             loader = _find_loader(trainer)
-            _share(trainer, loader, self.reduction)
+            self._share(trainer, loader)
             self._fit.evaluation.attach(loader)
 
     def on_train_batch_start(
@@ -219,6 +219,23 @@ class FullBatch(Callback):
         kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         return kept | {"_fit": None, "_put_back": []}
 
+    def _share(self, trainer: pl.Trainer, loader: FullBatchLoader) -> None:
+        """Give this rank its share of the data, which must be the same on all ranks."""
+        if trainer.world_size > 1:
+            mine = {
+                "FullBatch's reduction": self.reduction,
+                "whether FullBatch has a weight": str(self.weight is not None),
+                **loader.fingerprint(),
+            }
+            compare(
+                trainer,
+                mine,
+                "the ranks have different data: {}. Give every rank the whole set, in the same order (seed a random "
+                "split), which FullBatchLoader shares out",
+            )
+        share = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        loader.share(**share, device=trainer.strategy.root_device, convert=trainer.precision_plugin.convert_input)
+
     def _close(self) -> None:
         while self._put_back:
             self._put_back.pop()()
@@ -235,6 +252,7 @@ class _Fit:
         self.interrupts = Interrupts()
         self.buffers = Buffers(evaluation.pl_module)
         self.snapshot = Snapshot()
+        self.scale: dict[str, Any] | None = None  # of a GradScaler
         self.optimizer: Any = None
         self.inside: Any = None  # which makes the moves of the optimizer
         self.loss: Tensor | None = None  # that the step began with
@@ -296,6 +314,7 @@ class _Fit:
 
     def take_copies(self) -> None:
         self.buffers.take()
+        self.scale = None if self.evaluation.scaler is None else self.evaluation.scaler.state_dict()
         if self.evaluation.engine is None:  # DeepSpeed keeps what moves to itself
             self.snapshot.take(self.optimizer, self.inside)
 
@@ -341,6 +360,8 @@ class _Fit:
         if self.step is not None and self.trainer.global_step == self.step:  # else the step is made, and counted
             self.snapshot.restore()
             self.buffers.restore()
+            if self.evaluation.scaler is not None and self.scale:
+                self.evaluation.scaler.load_state_dict(self.scale)
         self.step = None
 
     def close(self) -> None:
@@ -382,16 +403,3 @@ def _find_loader(trainer: pl.Trainer) -> FullBatchLoader:
             "the training data loader is a validation data loader too: make another FullBatchLoader for the validation"
         )
     return loader
-
-
-def _share(trainer: pl.Trainer, loader: FullBatchLoader, reduction: str) -> None:
-    """Give this rank its share of the data, which must be the same on all ranks."""
-    if trainer.world_size > 1:
-        compare(
-            trainer,
-            {"FullBatch's reduction": reduction, **loader.fingerprint()},
-            "the ranks have different data: {}. Give every rank the whole set, in the same order (seed a random "
-            "split), which FullBatchLoader shares out",
-        )
-    share = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-    loader.share(**share, device=trainer.strategy.root_device, convert=trainer.precision_plugin.convert_input)

@@ -16,6 +16,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate, default_convert
 
+from lightning_rprop.class_name import is_called
 from lightning_rprop.full_batch.samplers import batch_sizes, check_sampler, share
 
 # Brings a tensor, or an object with the method to(), to the device and dtype of the model.
@@ -54,6 +55,8 @@ def make_source(data: Any, micro_batch_size: int | None) -> Held | Streamed:
         return Held(data)
     if hasattr(data, "__getitem__") and not isinstance(data, Collection):
         return Held(_collated(data))
+    if is_called(data, "CombinedLoader"):
+        raise TypeError("data is a CombinedLoader, whose batches are of several loaders: give one DataLoader")
     if isinstance(data, Iterator):
         raise ValueError(
             f"data is a {type(data).__name__}, which can be read once only, but every step reads all of it: give an "
@@ -106,6 +109,11 @@ def _collated(dataset: Any) -> Any:
         for name in ("__getitem__", "__getitems__", "__len__")
     ):
         return dataset.tensors
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"{type(dataset).__name__} has no __len__, so it is not known which samples it has: add one, or derive it "
+            "from torch.utils.data.IterableDataset"
+        )
     length = len(dataset)
     if not length:
         raise ValueError("data has no samples")
