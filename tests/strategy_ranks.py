@@ -202,6 +202,7 @@ def fit(name, world):
     optimizer = fitter.optimizers[0]
     optimizer = getattr(optimizer, "optim", optimizer)  # inside ZeroRedundancyOptimizer
     params = parameters(strategy, module)
+    optimizer.shared_loss = True  # which FullBatch sets during a fit
     with CommDebugMode() as counted:
         optimizer.step(loss=0.0)
     return {

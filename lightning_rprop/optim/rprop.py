@@ -79,6 +79,8 @@ class Rprop(Optimizer):
         RuntimeError: If ``fused=True`` and no fused kernel serves a parameter, also at a step.
 
     Example:
+        >>> import torch
+        >>> from lightning_rprop import Rprop
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
         >>> optimizer = Rprop([weight], lr=0.1)
         >>> for _ in range(2):
@@ -199,7 +201,7 @@ class Rprop(Optimizer):
         """Load a state of this class or of ``torch.optim.Rprop``; options that it does not hold stay as they are.
 
         As in torch, the options in the state replace those that the optimizer was constructed with. Where these differ
-        in what a step does, a warning names them.
+        in what a step does, and the optimizer has made no step yet, a warning names them.
 
         Args:
             state_dict: What ``state_dict()`` returned; its tensors are copied.
@@ -225,6 +227,7 @@ class Rprop(Optimizer):
                         losses.append((param, state["prev_loss"]))
             return {**state_dict, "state": copies}
 
+        is_fresh = not self.state  # else its options may be those of a state that was loaded
         own = [dict(group) for group in self.param_groups]
         last = self.register_load_state_dict_pre_hook(copy_and_check)  # sees what the user's hooks made
         try:
@@ -234,7 +237,7 @@ class Rprop(Optimizer):
         # torch casts all but "step" to the parameter's dtype, in which a loss would lose its digits
         for param, loss in losses:
             self.state[param]["prev_loss"] = loss.to(param.device)
-        if found := differences(own, self.param_groups):
+        if is_fresh and (found := differences(own, self.param_groups)):
             is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
             if is_first:
                 warnings.warn(
