@@ -126,7 +126,7 @@ def test_checkpoint_goes_between_loaders_within_an_epoch(first, second, tmp_path
         loader = FullBatchLoader((X, Y), steps_per_epoch=5) if kind == "full" else DataLoader(Repeated(), batch_size=20)
         fitter = trainer(tmp_path, callbacks, max_epochs=-1, max_steps=steps, enable_checkpointing=bool(callbacks))
         module = Regression()
-        fitter.fit(module, loader, ckpt_path=ckpt_path, weights_only=True)
+        fitter.fit(module, loader, ckpt_path=ckpt_path)
         return module
 
     whole = part("full", 15)

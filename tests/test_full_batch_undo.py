@@ -33,7 +33,7 @@ pytestmark = [
 def fit(folder, module, loader=None, callbacks=(), steps=10, ckpt_path=None, **options):
     options = {"max_steps": steps, "max_epochs": -1} | options
     fitter = trainer(folder, [*callbacks, FullBatch()], **options)
-    fitter.fit(module, loader or FullBatchLoader(DATA, 20, steps_per_epoch=5), ckpt_path=ckpt_path, weights_only=True)
+    fitter.fit(module, loader or FullBatchLoader(DATA, 20, steps_per_epoch=5), ckpt_path=ckpt_path)
     return fitter
 
 
