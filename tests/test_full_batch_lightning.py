@@ -416,3 +416,14 @@ def test_parameter_hooks_under_micro_batches_are_warned_of(register, tmp_path):
     with pytest.warns(UserWarning, match=r"net.0.weight has a hook on its gradient.*Do that in on_after_backward"):
         fit(tmp_path, make(), 7)
     fit(tmp_path, make(), None)
+
+
+def test_subclass_may_log(tmp_path):
+    class Logging(FullBatch):
+        def on_train_batch_end(self, trainer, module, outputs, *args):
+            super().on_train_batch_end(trainer, module, outputs, *args)
+            self.log("twice", 2 * outputs["loss"])
+
+    fitter = trainer(tmp_path, [Logging(log_as="loss")], max_epochs=2)
+    fitter.fit(Regression(), FullBatchLoader((X, Y), 7))
+    assert fitter.callback_metrics["twice"] == 2 * fitter.callback_metrics["loss"]

@@ -38,13 +38,13 @@ class FullBatch(Callback):
 
     Needs a :class:`~lightning_rprop.FullBatchLoader` as the training data loader (or ``take_over=True``), automatic
     optimization and one optimizer. The gradient at the optimizer's step is that of the mean loss over all samples of
-    all ranks: each sample counts once, however the samples are cut, and gradients are synchronized once an evaluation.
+    all ranks: each sample counts once, however the samples are cut, and gradients are synchronized once per evaluation.
     The optimizer's closure returns that mean loss, the same number on every rank. Each call of the closure evaluates
     the whole set, whoever makes it: iRprop+, ``max_iter``, ``torch.optim.LBFGS``, an ``optimizer_step`` that calls it
     twice, or an optimizer that is set during the fit (``trainer.optimizers = [...]``).
 
     training_step runs once for each micro-batch. ``self.log`` in it weighs by samples, or by ``weight`` if that is
-    given, over all micro-batches of a step (``on_step``) and an epoch (``on_epoch``). Other hooks run once an
+    given, over all micro-batches of a step (``on_step``) and an epoch (``on_epoch``). Other hooks run once per
     evaluation: ``on_before_zero_grad``, ``on_before_backward`` (with the loss of the first micro-batch),
     ``on_after_backward``, ``on_before_optimizer_step`` and ``configure_gradient_clipping``, the last three with the
     gradient of all samples. A hook on a parameter (``Tensor.register_hook``) gets the part of each micro-batch, scaled.
@@ -207,11 +207,12 @@ class FullBatch(Callback):
         """Undo what was made of a step, before another callback saves it; Lightning calls no ``teardown`` then."""
         if self._fit is not None:
             self._fit.undo()
-        self._close()
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave optimizer and loader as they were."""
+        """Leave optimizer and loader as they were, and hold nothing of the module."""
         self._close()
+        self.__dict__ = self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which takes no part in a fit that runs."""
@@ -237,9 +238,9 @@ class FullBatch(Callback):
         loader.share(**share, device=trainer.strategy.root_device, convert=trainer.precision_plugin.convert_input)
 
     def _close(self) -> None:
+        self._fit = None
         while self._put_back:
             self._put_back.pop()()
-        self.__dict__ = self.__getstate__()
 
 
 class _Fit:

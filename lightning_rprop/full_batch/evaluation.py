@@ -270,7 +270,7 @@ class Evaluation:
 
     @torch.no_grad()
     def bring_to_mean(self, optimizer: Optimizer) -> None:
-        """Make the sums that are the gradients of an optimizer's parameters those of the mean; once an evaluation."""
+        """Make the sums that are the gradients of an optimizer's parameters those of the mean; once per evaluation."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [local(p.grad) for p in params if p.grad is not None]
         if grads and (isinstance(self._factor, Tensor) or self._factor != 1):
