@@ -23,6 +23,7 @@ from lightning_rprop.class_name import is_called
 
 # Classes whose hooks do nothing, or what Lightning does by default.
 _HAVE_EMPTY_HOOKS = frozenset({"Callback", "ModelHooks", "LightningModule"})
+_PACKAGES = ("lightning.pytorch.", "pytorch_lightning.")
 
 
 def logged_step(trainer: pl.Trainer) -> int:
@@ -111,14 +112,23 @@ def run_hook(trainer: pl.Trainer, name: str, *args: Any) -> None:
 
 
 def overridden_hooks(trainer: pl.Trainer, names: Iterable[str]) -> set[str]:
-    """Return which of these hooks the module or a callback overrides; both packages define them in these classes."""
+    """Return which of these hooks the module or a callback overrides."""
     owners = (trainer.lightning_module, *trainer.callbacks)  # type: ignore[attr-defined]
-    functions = {name: [getattr(owner, name) for owner in owners if hasattr(owner, name)] for name in names}
-    return {
-        name
-        for name, found in functions.items()
-        if any(getattr(f, "__qualname__", "").removesuffix(f".{name}") not in _HAVE_EMPTY_HOOKS for f in found)
-    }
+    return {name for name in names if any(hasattr(o, name) and not _is_default(getattr(o, name)) for o in owners)}
+
+
+def methods_in_the_way(trainer: pl.Trainer) -> list[str]:
+    """Return methods around ``backward`` that a plugin or strategy of the user's own overrides: they are not called."""
+    owners = (trainer.precision_plugin, trainer.strategy)
+    names = ("pre_backward", "post_backward")
+    methods = [getattr(owner, name) for owner in owners for name in names] + [trainer.strategy.backward]
+    return [method.__qualname__ for method in methods if not method.__module__.startswith(_PACKAGES)]
+
+
+def _is_default(hook: Any) -> bool:
+    """Return whether a hook does nothing, or what Lightning does by default, in either of its packages."""
+    owner = getattr(hook, "__qualname__", "").rpartition(".")[0]
+    return owner in _HAVE_EMPTY_HOOKS and hook.__module__.startswith(_PACKAGES)
 
 
 def before_batch_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:
@@ -137,10 +147,13 @@ def weigh_logs(trainer: pl.Trainer, weight: float) -> None:
 
 
 def is_logged(trainer: pl.Trainer, name: str) -> bool:
-    """Return whether a hook of the module or a callback has logged something by this name since the epoch began."""
+    """Return whether something is logged by this name in this epoch, other than at the end of a batch."""
     results = trainer._results
-    found = [metric for metric in (results or {}).values() if metric.meta.name == name]
-    return not all(metric.has_reset for metric in found)  # those of another epoch are still there
+    for metric in (results or {}).values():
+        forks = (f"{metric.meta.name}_step", f"{metric.meta.name}_epoch") if metric.meta.forked else ()
+        if name in (metric.meta.name, *forks) and metric.meta.fx != "on_train_batch_end" and not metric.has_reset:
+            return True  # those of another epoch are still there, but reset
+    return False
 
 
 def starts_scripts(trainer: pl.Trainer) -> bool:
@@ -203,6 +216,7 @@ class StepLogs:
         self._seen: dict[str, list[tuple[Tensor, float]]] = {}
         self._syncs: dict[str, tuple[Any, Any]] = {}
         self._kept: dict[str, Tensor] | None = None
+        self._kept_metrics: list[tuple[Metric, dict[str, Any], int]] = []
         self._copies: dict[int, _OfOneStep] = {}  # of torchmetrics objects, by their id
         self._has_begun = False
 
@@ -223,6 +237,10 @@ class StepLogs:
     def put_aside(self) -> None:
         """Remember the sums of the epoch, before a micro-batch that does not count."""
         self._kept = {key: metric.value for key, metric in self._tensors()}
+        metrics = [metric for metric in self._trainer.lightning_module.modules() if isinstance(metric, Metric)]
+        self._kept_metrics = [(metric, metric._copy_state_dict(), metric._update_count) for metric in metrics]
+        for copied in self._copies.values():
+            copied.is_counting = False
 
     def take(self, weight: float) -> None:
         """Collect what a micro-batch logged; of one that does not count leave out what is not finite."""
@@ -231,12 +249,23 @@ class StepLogs:
             for key, metric in self._tensors():
                 if not metric.value.isfinite():  # its size stays: it has grown by nearly nothing, and is a float now
                     metric.value = kept.get(key, torch.full_like(metric.value, _neutral(metric.meta)))
+            for metric, state, count in self._kept_metrics:
+                for name, value in state.items():
+                    setattr(metric, name, value)
+                metric._update_count, metric._computed = count, None
+            for copied in self._copies.values():
+                copied.is_counting = True
+            self._kept_metrics = []
         for key, metric in self._metrics():
             if metric._forward_cache is not None:
                 value, metric._forward_cache = metric._forward_cache, None
+                if key not in self._syncs and metric.meta.sync.should and metric.meta.is_sum_reduction:
+                    value = value / self._trainer.world_size  # self.log has added up the ranks when it made the metric
                 if kept is not None and not value.isfinite():  # seen all the same, as other ranks may wait for it
-                    value, weight = torch.full_like(value, _neutral(metric.meta)), 0.0
-                self._seen.setdefault(key, []).append((value, weight))
+                    nothing = torch.full_like(value, _neutral(metric.meta))
+                    self._seen.setdefault(key, []).append((nothing, 0.0))
+                else:
+                    self._seen.setdefault(key, []).append((value, weight))
             self._defer(key, metric)
 
     def end(self) -> None:
@@ -294,12 +323,14 @@ class _OfOneStep:
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
         self._copy = metric.clone()
+        self.is_counting = True
         self._handle = metric.register_forward_hook(self._update, with_kwargs=True)
         self.reset()
 
     def _update(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._copy.update(*args, **kwargs)
-        self._has_seen = True
+        if self.is_counting:
+            self._copy.update(*args, **kwargs)
+            self._has_seen = True
 
     def reset(self) -> None:
         if self._copy.device != self._metric.device:

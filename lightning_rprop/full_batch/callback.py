@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -29,6 +30,7 @@ from lightning_rprop.lightning_private import (
     forget_loader_state,
     has_no_optimizer,
     is_logged,
+    methods_in_the_way,
     wrap_train_dataloader,
 )
 
@@ -108,7 +110,7 @@ class FullBatch(Callback):
         self.prog_bar = prog_bar
         self.take_over = take_over
         self._fit: _Fit | None = None
-        self._put_back: list[Callable[[], None]] = []  # what undoes changes of the Trainer
+        self._put_back = ExitStack()  # what undoes changes of the Trainer
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot be right, and come before all other callbacks."""
@@ -139,6 +141,17 @@ class FullBatch(Callback):
                 f"FullBatch does not support {type(trainer.strategy).__name__}, which weighs gradients itself: use "
                 "strategy='ddp'"
             )
+        if skipped := methods_in_the_way(trainer):
+            raise MisconfigurationException(
+                f"FullBatch calls precision_plugin.backward() for each micro-batch, and so not {', '.join(skipped)}: "
+                "override backward() of the module or of the precision plugin instead"
+            )
+        some = trainer.overfit_batches or trainer.limit_train_batches != 1.0  # type: ignore[attr-defined]
+        if self.take_over and some and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "FullBatch(take_over=True) takes all batches in one step, but overfit_batches or limit_train_batches "
+                "ask for some of them: leave these out, or give the Trainer a DataLoader of fewer samples"
+            )
         check_agreement(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if sum(is_called(callback, "FullBatch") for callback in callbacks) > 1:
@@ -146,7 +159,7 @@ class FullBatch(Callback):
         # a new list, as the old one is being walked through; first, so that the others see a step that is made
         trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
         if self.take_over:
-            self._put_back.append(wrap_train_dataloader(trainer, _taken_over))
+            self._put_back.callback(wrap_train_dataloader(trainer, _taken_over))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse ranks whose hyperparameters differ."""
@@ -155,23 +168,26 @@ class FullBatch(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take care of the loader and of Lightning's closure."""
         loader = _find_loader(trainer)
-        self._put_back.append(loader.release)
+        self._put_back.callback(loader.release)
         self._share(trainer, loader)
         evaluation = Evaluation(trainer, pl_module, loader, self.reduction, self.weight)
-        self._put_back.append(evaluation.close)
+        self._put_back.callback(evaluation.close)
         if evaluation.engine is not None and (clip := evaluation.engine.gradient_clipping()):
             raise MisconfigurationException(
                 "DeepSpeed clips gradients before FullBatch has made them those of the mean loss, but "
                 f"gradient_clip_val is {clip}: leave it None; Rprop looks at signs, which stay the same"
             )
         self._fit = _Fit(evaluation, self.log_as)
-        self._put_back.append(self._fit.close)
+        self._put_back.callback(self._fit.close)
         self._fit.follow()
-        self._put_back.append(evaluate_by(trainer, self._fit.evaluate))
+        self._put_back.callback(evaluate_by(trainer, self._fit.evaluate))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take care of the loader that ``reload_dataloaders_every_n_epochs`` made."""
-        if self._fit is not None and trainer.train_dataloader is not self._fit.evaluation.loader:
+        if self._fit is None:
+            return
+        self._fit.buffers.look()
+        if trainer.train_dataloader is not self._fit.evaluation.loader:
             self._fit.evaluation.loader.release()
             loader = _find_loader(trainer)
             self._share(trainer, loader)
@@ -197,6 +213,11 @@ class FullBatch(Callback):
             pl_module.log(self.log_as, loss, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=1)
         self._fit.interrupts.release()
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End a step that the module's ``on_train_batch_start`` has called off."""
+        if self._fit is not None:
+            self._fit.step = None
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -205,9 +226,11 @@ class FullBatch(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Undo what was made of a step, before another callback saves it; Lightning calls no ``teardown`` then."""
-        if self._fit is not None:
-            self._fit.undo()
-        self.teardown(trainer, pl_module, "fit")
+        try:
+            if self._fit is not None:
+                self._fit.undo()
+        finally:
+            self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave optimizer and loader as they were, and hold nothing of the module."""
@@ -218,7 +241,7 @@ class FullBatch(Callback):
         """Return the state of a copy, which takes no part in a fit that runs."""
         # Lightning sets these two on every callback, bound to the module
         kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return kept | {"_fit": None, "_put_back": []}
+        return kept | {"_fit": None, "_put_back": ExitStack()}
 
     def _share(self, trainer: pl.Trainer, loader: FullBatchLoader) -> None:
         """Give this rank its share of the data, which must be the same on all ranks."""
@@ -239,8 +262,7 @@ class FullBatch(Callback):
 
     def _close(self) -> None:
         self._fit = None
-        while self._put_back:
-            self._put_back.pop()()
+        self._put_back.close()
 
 
 class _Fit:
@@ -325,13 +347,13 @@ class _Fit:
         if self.follow() and self.loss is None:
             self.take_copies()
         loss, extra = self.evaluation.run(arguments, batch_idx, backward)
+        if self.log_as is not None and is_logged(self.trainer, self.log_as):
+            raise MisconfigurationException(
+                f"FullBatch(log_as={self.log_as!r}) logs the loss of all samples by a name that the module logs too: "
+                "one would hide the other. Choose another name, or leave out one of the two"
+            )
         if not self.has_stepped:
             self.has_stepped = True
-            if self.log_as is not None and is_logged(self.trainer, self.log_as):
-                raise MisconfigurationException(
-                    f"FullBatch(log_as={self.log_as!r}) logs the loss of all samples by a name that the module logs "
-                    "too: one would hide the other. Choose another name, or leave out one of the two"
-                )
             if not self.evaluation.alone:
                 warn_of_micro_batches(self.evaluation.pl_module)
         if self.loss is None:

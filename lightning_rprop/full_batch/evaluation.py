@@ -92,8 +92,7 @@ class Evaluation:
 
     def begin(self) -> None:
         """Start a step, whose first micro-batch the loader has given to Lightning."""
-        if not self.loader.has_begun:
-            raise RuntimeError("FullBatch found that the Trainer's batch does not come from its FullBatchLoader")
+        self.loader.check_begun()
         self.loss = None
         self.hooks = overridden_hooks(self.trainer, _CLOSURE_HOOKS)
 
@@ -112,6 +111,7 @@ class Evaluation:
         self.loss = None
         self._values, self._weights, self._log_weights = list[Tensor](), list[float](), 0.0
         self._factor: float | Tensor = 1.0  # by which the sum of the gradients is the mean's
+        self._earlier: list[tuple[Tensor, Tensor]] | None = None  # gradients that were there before the first backward
         optimizer = self.trainer.optimizers[0]
         batch, *index = arguments
         extra: dict[str, Any] | None = None
@@ -134,7 +134,7 @@ class Evaluation:
                             self._zero_grad(optimizer, batch_idx)
                     factor = self._take(loss, weight)
                     if backward:
-                        self._backward(loss, factor, optimizer, is_first)
+                        self._backward(loss, factor, optimizer)
                 if not self.alone:
                     self.logs.take(weight or _NOTHING)
         self._complete(backward)
@@ -204,13 +204,22 @@ class Evaluation:
         factor: float = (weight if self.reduction == "mean" else 1.0) * self.replicas * (self.unit or 1.0)
         return factor
 
-    def _backward(self, loss: Tensor, factor: float, optimizer: Optimizer, is_first: bool) -> None:
+    def _backward(self, loss: Tensor, factor: float, optimizer: Optimizer) -> None:
         if factor == 0 and self.trainer.world_size == 1:
             return
+        if factor == 0 and not loss.requires_grad:  # other ranks wait all the same
+            loss = sum((param.sum() for param in self.pl_module.parameters() if param.requires_grad), loss)
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
-        if is_first and "on_before_backward" in self.hooks:
-            run_hook(self.trainer, "on_before_backward", loss)
+        if self._earlier is None:
+            if "on_before_backward" in self.hooks:
+                run_hook(self.trainer, "on_before_backward", loss)
+            self._earlier = []
+            if not self.alone and self.engine is None:
+                params = [param for group in optimizer.param_groups for param in group["params"]]
+                self._earlier = [(param, param.grad) for param in params if param.grad is not None]
+                for param, _ in self._earlier:
+                    param.grad = None
         if factor != 1:
             loss = loss * factor
         with self._without_gradient(loss) if factor == 0 else nullcontext():
@@ -265,6 +274,8 @@ class Evaluation:
         self._factor = 1 / ((self.unit or 1.0) * total)
         if self.engine is None and backward:
             self.bring_to_mean(self.trainer.optimizers[0])
+            for param, grad in self._earlier or ():
+                param.grad = grad if param.grad is None else param.grad.add_(grad)
         if self.unit is None:
             self.unit = _power_of_two_near(1 / float(total))  # for the steps to come
 
@@ -313,7 +324,7 @@ def _number(weight: Any) -> float:
         raise ValueError(f"weight must return one number for each micro-batch, got shape {tuple(weight.shape)}")
     try:
         number = math.nan if isinstance(weight, str) else float(weight)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
     if not 0 <= number < math.inf:
         raise ValueError(

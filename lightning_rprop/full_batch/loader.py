@@ -104,10 +104,15 @@ class FullBatchLoader:
         """How many samples all ranks have together; ``None`` for what is read again at each pass, and for objects."""
         return self._source.num_samples
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether the Trainer has got the first micro-batch of a pass; for :class:`~lightning_rprop.FullBatch`."""
-        return self._begun is not None
+    def check_begun(self) -> None:
+        """Refuse a Trainer's batch that is not ours, or was written to; called by :class:`~lightning_rprop.FullBatch`.
+
+        Raises:
+            RuntimeError: If the batch does not come from here, or Lightning's transfer hooks wrote to the held data.
+        """
+        if self._begun is None:
+            raise RuntimeError("FullBatch found that the Trainer's batch does not come from its FullBatchLoader")
+        self._part.end_pass()
 
     def fingerprint(self) -> dict[str, str]:
         """Return what must be the same on every rank, by name; called by :class:`~lightning_rprop.FullBatch`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
@@ -153,6 +154,21 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     return loader
 
 
+def order_of(loader: DataLoader[Any]) -> str:
+    """Return a checksum of the indices of all batches, which must be the same on every rank; nothing if they are not.
+
+    A DistributedSampler gives each rank its own.
+    """
+    batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if isinstance(getattr(batches, "sampler", batches), DistributedSampler):
+        return ""
+    checksum = 0
+    with torch.random.fork_rng(devices=[]):
+        for batch in batches:
+            checksum = zlib.crc32(repr(batch).encode(), checksum)
+    return f"{checksum:08x}"
+
+
 def batch_sizes(loader: DataLoader[Any]) -> list[int] | int | None:
     """Return how many samples the DataLoader puts into each batch; a number at most; or None if that is unknown."""
     batches = loader.batch_sampler
@@ -208,5 +224,6 @@ def share(
 def _with(loader: DataLoader[Any], name: str, sampler: Any) -> DataLoader[Any]:
     """Copy a DataLoader with all that its class and its user gave it, but another sampler."""
     result = copy.copy(loader)
-    vars(result)[name] = sampler  # past DataLoader.__setattr__, which would not let it be set again
+    # past DataLoader.__setattr__, which would not let it be set again; persistent workers know the old one
+    vars(result).update({name: sampler, "_iterator": None})
     return result

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate, default_convert
 
 from lightning_rprop.class_name import is_called
-from lightning_rprop.full_batch.samplers import batch_sizes, check_sampler, share
+from lightning_rprop.full_batch.samplers import batch_sizes, check_sampler, order_of, share
 
 # Brings a tensor, or an object with the method to(), to the device and dtype of the model.
 Place = Callable[[Any], Any]
@@ -79,17 +81,18 @@ def _check_list(data: list[Any]) -> None:
     """Refuse a list that may be samples or ready batches as well as the parts of one batch."""
     if not data:
         return
+    samples = "a DataLoader with a collate_fn"
     if all(isinstance(item, Tensor) for item in data):
         shapes = {tuple(item.shape) for item in data}
         if len(shapes) > 1 and len({shape[:1] for shape in shapes}) == 1:
             return  # samples of different shapes make no batch: these are inputs, targets, ...
-        samples = "torch.stack(data)"
+        if len(shapes) == 1:
+            samples = "torch.stack(data)"
     elif len(data) > 1 and len({_structure(item) for item in data}) > 1:
         return
-    else:
-        samples = "tuple(torch.utils.data.default_collate(data))"
-    if not all(isinstance(leaf, Tensor) for _, leaf in _leaves("", data)):
-        samples = "a DataLoader with a collate_fn"
+    elif all(isinstance(leaf, Tensor) for _, leaf in _leaves("", data)) and not _is_dataclass(data[0]):
+        collated = "torch.utils.data.default_collate(data)"
+        samples = collated if isinstance(data[0], Mapping) else f"tuple({collated})"
     raise ValueError(
         f"data is a list of {len(data)} {type(data[0]).__name__}, which may be samples, ready batches, or the parts of "
         f"one batch. Give {samples} for samples, DataLoader(data, batch_size=None) for ready batches, tuple(data) for "
@@ -174,7 +177,7 @@ class Held:
         """Return what must be the same on every rank: how many samples there are, and a checksum of them."""
         return {
             "the number of samples": str(self.num_samples),
-            "the checksum of the data": _checksum(self.leaves.values()),
+            "the checksum of the data": _checksum(leaf for _, leaf in sorted(self.leaves.items(), key=itemgetter(0))),
         }
 
     def whole(self, micro_batch_size: int | None) -> HeldPart:
@@ -185,10 +188,11 @@ class Held:
         """Cut a contiguous part without padding, in as many micro-batches as every other rank has."""
         if self.whole_only:
             if num_replicas > 1 or micro_batch_size is not None:
+                ranks = f" or shared among {num_replicas} ranks" if num_replicas > 1 else ""
                 raise ValueError(
-                    f"{self.whole_only} cannot be cut into micro-batches or shared among {num_replicas} ranks: only a "
-                    "whole one has the right gradient. Use micro_batch_size=None on one device, tensors of one length "
-                    "(with a column of weights where a sample does not count), or a DataLoader of ready batches"
+                    f"{self.whole_only} cannot be cut into micro-batches{ranks}: only a whole one has the right "
+                    "gradient. Use micro_batch_size=None on one device, tensors of one length (with a column of "
+                    "weights where a sample does not count), or a DataLoader of ready batches"
                 )
             return HeldPart(self, slice(None), [(0, count_samples(self.data))], place)
         n = self.num_samples
@@ -218,26 +222,22 @@ class HeldPart:
         self.single = len(cuts) == 1
         self._held, self._own, self._cuts, self._place = held, own, cuts, place
         self._take()
-        self._versions = [*map(_version, self._watched)]
+        self._versions = [*map(_state, self._watched)]
 
     def _take(self) -> None:
         own = _mapped(self._held.data, partial(_cut, part=self._own))
         self.data = _mapped(own, self._place)
         self.leaves = [leaf for _, leaf in _leaves("data", self.data)]
-        before = [leaf for _, leaf in _leaves("data", own)]
-        self._is_copy = any(leaf is not placed for leaf, placed in zip(before, self.leaves, strict=True))
-        self._sources = [leaf for leaf in self._held.leaves.values() if isinstance(leaf, Tensor)]
-        self._watched = [*self._sources, *(leaf for leaf in self.leaves if isinstance(leaf, Tensor))]
+        leaves = [*self._held.leaves.values(), *self.leaves]  # of what was copied, too, where training_step may write
+        self._watched = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def begin_pass(self) -> bool:
         """See what was written to the data since the last pass; return whether micro-batches of before are outdated."""
-        versions = [*map(_version, self._watched)]
-        is_outdated = self._is_copy and versions[: len(self._sources)] != self._versions[: len(self._sources)]
-        if is_outdated:
-            self._take()
-            versions = [*map(_version, self._watched)]
-        self._versions = versions
-        return is_outdated
+        if [*map(_state, self._watched)] == self._versions:
+            return False
+        self._take()
+        self._versions = [*map(_state, self._watched)]
+        return True
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         """Give the micro-batches of a pass."""
@@ -250,7 +250,7 @@ class HeldPart:
 
     def end_pass(self) -> None:
         """Refuse data that were written to during the pass."""
-        if [*map(_version, self._watched)] != self._versions:
+        if [*map(_state, self._watched)] != self._versions:
             raise RuntimeError(
                 "the training data were written to in place during a step: they are held, not copied, and every later "
                 "step would see the change. Work on a copy, as in x = x.clone()"
@@ -278,7 +278,8 @@ class Streamed:
             return {}  # each rank has its own
         dataset: Any = self.batches.dataset
         length = len(dataset)
-        found = {"the number of samples": str(length)}
+        found = {"the number of samples": str(length), "the batch size": str(self.batches.batch_size)}
+        found["the order of the samples"] = order_of(self.batches)
         with suppress(Exception):  # a data set may know other indices, which its sampler gives
             indices = sorted({0, length // 2, length - 1})
             looks = [default_convert([dataset[i] for i in indices]) for _ in range(2)]  # type: ignore[no-untyped-call]
@@ -340,10 +341,14 @@ class StreamedPart:
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         """Give the micro-batches of a pass."""
         self.passes += 1
+        is_over = False  # a stream's last batch may be smaller than batch_size; with workers, that of each
         for i, (batch, counts) in enumerate(self._own()):
             if i == 0:
                 self._compare(batch)
-            yield batch, self._size(i, batch) if counts else 0
+            size = self._size(i, batch) if counts else 0
+            yield batch, -1 if is_over else size
+            if isinstance(self.sizes, int) and not self.batches.num_workers:
+                is_over = size < self.sizes
 
     def _own(self) -> Iterator[tuple[Any, bool]]:
         """Give this rank's batches, and whether each counts; equally many on all ranks."""
@@ -425,6 +430,10 @@ def _leaves(path: str, data: Any) -> Iterator[tuple[str, Any]]:
         for i, value in enumerate(data):
             yield from _leaves(f"{path}[{i}]", value)
     elif _is_dataclass(data):
+        names = {field.name for field in dataclasses.fields(data)}
+        found = getattr(data, "__dict__", {}).items()
+        if more := [name for name, value in found if isinstance(value, Tensor) and name not in names]:
+            raise TypeError(f"{path}.{more[0]} is a tensor beside the fields of {type(data).__name__}: make it a field")
         for field in dataclasses.fields(data):
             yield from _leaves(f"{path}.{field.name}", getattr(data, field.name))
     else:
@@ -438,15 +447,18 @@ def _mapped(data: Any, function: Callable[[Any], Any]) -> Any:
     if type(data) in (tuple, list):
         return type(data)([_mapped(value, function) for value in data])
     if isinstance(data, Mapping):
-        result: Any = copy.copy(data) if isinstance(data, MutableMapping) else dict(data)
-        for key, value in data.items():
-            result[key] = _mapped(value, function)
-        return result
+        items = {key: _mapped(value, function) for key, value in data.items()}
+        if type(data) is dict:
+            return items
+        if isinstance(data, defaultdict):
+            return type(data)(data.default_factory, items)
+        rebuild: Any = type(data)
+        return rebuild(items)
     if isinstance(data, list | tuple) and not _is_movable(data):
         values = [_mapped(value, function) for value in data]
         return type(data)(*values) if hasattr(data, "_fields") else type(data)(values)
     if _is_dataclass(data):
-        result = copy.copy(data)
+        result: Any = copy.copy(data)
         for field in dataclasses.fields(data):  # past a frozen class's own setter, and without __init__
             object.__setattr__(result, field.name, _mapped(getattr(data, field.name), function))
         return result
@@ -457,8 +469,10 @@ def _cut(leaf: Any, part: slice) -> Any:
     return leaf[part] if isinstance(leaf, Tensor) and leaf.layout is torch.strided else leaf
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """Return what changes when a tensor is written to, or given other memory."""
+    pointer = tensor.data_ptr() if tensor.layout is torch.strided else 0
+    return 0 if tensor.is_inference() else tensor._version, pointer
 
 
 def _check_leaf(path: str, leaf: Any) -> int | None:
@@ -466,7 +480,12 @@ def _check_leaf(path: str, leaf: Any) -> int | None:
     if _is_movable(leaf):
         return None
     if not isinstance(leaf, Tensor):
-        raise TypeError(f"{path} must be a tensor, got {type(leaf).__name__}: use torch.as_tensor, or leave it out")
+        raise TypeError(
+            f"{path} must be a tensor, got {type(leaf).__name__}: use torch.as_tensor, or leave it out; or give a "
+            "DataLoader, whose batches may hold anything"
+        )
+    if leaf.is_nested and leaf.layout is torch.strided:
+        raise TypeError(f"{path} is a nested tensor, whose samples cannot be told: use layout=torch.jagged")
     if leaf.ndim == 0:
         raise ValueError(f"{path} has no dimension of samples, its shape is (): give a tensor of shape (samples, ...)")
     if leaf.requires_grad:
@@ -484,6 +503,8 @@ def _checksum(leaves: Iterable[Any]) -> str:
             data = data.view(torch.uint8).numpy() if data.numel() else b""
         elif isinstance(leaf, int | float | complex | str | bytes):
             data = repr(leaf).encode()
+        elif hasattr(leaf, "__dict__"):
+            data = _checksum(value for _, value in _leaves("", vars(leaf)) if isinstance(value, Tensor)).encode()
         checksum = zlib.crc32(data, checksum)
     return f"{checksum:08x}"
 
@@ -496,7 +517,7 @@ def _same(a: Any, b: Any) -> bool:
     """Return whether two batches hold equal tensors; what is not a tensor is not looked at."""
     pairs = zip(_leaves("", a), _leaves("", b), strict=False)
     return all(
-        torch.equal(_dense(x).nan_to_num(), _dense(y).nan_to_num())
+        x.shape == y.shape and _checksum([x]) == _checksum([y])  # NaN is NaN, in every dtype and layout
         for (_, x), (_, y) in pairs
         if isinstance(x, Tensor) and isinstance(y, Tensor)
     )

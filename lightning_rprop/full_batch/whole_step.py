@@ -6,6 +6,7 @@ import operator
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -80,67 +81,89 @@ class _Copies:
         """Put the values back."""
         for tensor, value in zip(self._tensors, self._values, strict=True):
             if tensor.shape == value.shape:  # else FSDP has gathered it for an evaluation, which moves nothing
-                tensor.copy_(value)
+                with suppress(RuntimeError):  # expanded and inference tensors, which nobody can have written to
+                    tensor.copy_(value)
 
 
 class Snapshot:
-    """Parameters and state of an optimizer as they were before a step."""
+    """State and options of an optimizer, and of one inside it, as they were before a step."""
 
     def __init__(self) -> None:
         self._copies = _Copies()
-        self._of: Optimizer | None = None
-        self._state: list[tuple[Any, dict[Any, Any]]] = []
+        self._states: list[tuple[Any, list[tuple[Any, Any]]]] = []
+        self._options: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def take(self, optimizer: Any, inside: Optimizer) -> None:
-        """Copy them before a step.
+        """Copy them, and the parameters, before a step.
 
         Args:
-            optimizer: Has the parameters.
-            inside: Has the state: the optimizer that it wraps, or itself.
+            optimizer: The Trainer's.
+            inside: The one that makes the moves: that which it wraps, or itself.
         """
-        self._of = None
+        self._states = []
+        self._options = [(group, dict(group)) for group in optimizer.param_groups]
         tensors = [param for group in optimizer.param_groups for param in group["params"]]
-        self._state = []
-        for param, state in inside.state.items():
-            mine = dict(state)
-            self._state.append((param, mine))
-            for key, value in state.items():
-                if type(value) in PLAIN or isinstance(value, Tensor):
-                    tensors.append(value)
-                else:
-                    mine[key] = _copied(value)
+        states = []
+        for each in (inside,) if optimizer is inside else (inside, optimizer):
+            copies: list[tuple[Any, Any]] = []
+            for param, state in getattr(each, "state", {}).items():
+                if not isinstance(state, dict):
+                    copies.append((param, _copied(state)))
+                    continue
+                mine = dict(state)
+                copies.append((param, mine))
+                for key, value in state.items():
+                    if type(value) in PLAIN or isinstance(value, Tensor):
+                        tensors.append(value)
+                    else:
+                        mine[key] = _copied(value)
+            states.append((each, copies))
         self._copies.take(tensors)
-        self._of = inside
+        self._states = states
 
     def restore(self) -> None:
         """Put them back, if they were copied."""
-        if self._of is not None:
+        if self._states:
             self._copies.restore()
-            self._of.state.clear()
-            self._of.state.update(self._state)
-            self._of = None
+            for each, copies in self._states:
+                each.state.clear()
+                each.state.update(copies)
+            for group, options in self._options:
+                group.update(options)
+            self._states = []
 
 
 class Buffers:
     """A module's buffers as they were before a step: their values, and which tensors they were.
 
     All of them at each step, because nothing tells which will change: BatchNorm may be frozen at first, and its kernel
-    does not count versions. A step that uses a buffer reads it at least as often.
+    does not count versions. A step that uses a buffer reads it at least as often. Parameters that no optimizer moves
+    are buffers by another name, such as those of a target network.
 
     Args:
-        module: The module, whose submodules are those that it has now.
+        module: The module.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._homes = [each._buffers for each in module.modules()]  # named_buffers() walks the modules at each call
+        self._module = module
+        self._homes: list[dict[str, Tensor | None]] = []
         self._found: list[dict[str, Tensor | None]] = []
+        self._frozen: list[Tensor] = []
         self._copies = _Copies()
+
+    def look(self) -> None:
+        """Find the submodules and the frozen parameters, once an epoch, as the walk takes long."""
+        self._homes = [each._buffers for each in self._module.modules()]
+        self._frozen = [param for param in self._module.parameters() if not param.requires_grad]
 
     def take(self) -> None:
         """Copy them before a step."""
+        if not self._homes:
+            self.look()
         self._found = []
         found = [home.copy() for home in self._homes]
-        self._copies.take([buffer for home in found for buffer in home.values() if buffer is not None])
+        buffers = [buffer for home in found for buffer in home.values() if buffer is not None]
+        self._copies.take(buffers + self._frozen)
         self._found = found
 
     def restore(self) -> None:
