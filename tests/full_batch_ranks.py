@@ -105,6 +105,12 @@ def cases(world):
     yield "LBFGS", fit(loader, 2, lambda params: torch.optim.LBFGS(params, max_iter=3))
     yield "whole numbers", fit_whole_numbers()
     yield from weights_of_zero(world)
+    module = NoGraph()
+    exact = FullBatch(weight=count)
+    fitter = trainer(".", [exact], devices=world, strategy=DDPStrategy(), max_steps=1, max_epochs=-1)
+    fitter.fit(module, FullBatchLoader(masked(96, range(8)), 8))
+    yield "no graph", [p.detach() for p in module.parameters()]
+    yield "sum of the first step", fitter.callback_metrics["sum"].item()
     doubled = Doubling(TensorDataset(x / 2, y), batch_size=10)
     yield "DataLoader with its own __iter__", fit(FullBatchLoader(doubled), 3, plus)
     for name, loader, options in different(rank):
@@ -112,6 +118,14 @@ def cases(world):
             fit(loader, 1, plus, **options)
         except ValueError as error:
             yield name, str(error)
+
+
+class NoGraph(Regression):
+    """Its loss has no graph where nothing counts; it counts the micro-batches of all ranks."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("sum", torch.ones(()), on_step=True, reduce_fx="sum", sync_dist=True)
+        return super().training_step(batch, batch_idx) if batch[1].isfinite().all() else torch.zeros(())
 
 
 class Doubling(DataLoader):
@@ -177,6 +191,9 @@ def different(rank):
     yield "different data", FullBatchLoader(make_data(10 + rank)), {}
     yield "different order", FullBatchLoader((x[order], y[order])), {}
     yield "different order streamed", FullBatchLoader(DataLoader(TensorDataset(x[order], y[order]), batch_size=4)), {}
+    data = TensorDataset(x, y)
+    yield "different batch sizes", FullBatchLoader(DataLoader(data, batch_size=3 + rank)), {}
+    yield "different samplers", FullBatchLoader(DataLoader(data, batch_size=4, sampler=order.tolist())), {}
     yield "different steps", FullBatchLoader((x, y), steps_per_epoch=1 + rank), {}
     yield "different sizes", FullBatchLoader((x, y), 4 + rank), {}
     yield "different reductions", FullBatchLoader((x, y)), {"reduction": ("mean", "sum")[rank % 2]}

@@ -93,6 +93,8 @@ DIFFERENCES = {
     "different data": "the number of samples is 10 on rank 0, 11 on rank 1",
     "different order": "the checksum of the data is ",
     "different order streamed": "the checksum of the data is ",
+    "different batch sizes": "the batch size is 3 on rank 0, 4 on rank 1",
+    "different samplers": "the order of the samples is ",
     "different steps": "steps_per_epoch is 1 on rank 0, 2 on rank 1",
     "different sizes": "micro_batch_size is 4 on rank 0, 5 on rank 1",
     "different reductions": "FullBatch's reduction is mean on rank 0, sum on rank 1",
@@ -123,6 +125,17 @@ def test_weights_of_zero_are_left_out_on_all_ranks(ranks):
             assert rank[case]["losses"][0] == pytest.approx(loss, rel=1e-6), case
             assert rank[case]["metrics"]["logged_step"] == pytest.approx(rank[case]["losses"][-1], rel=1e-5), case
             assert all_equal(rank[case]["parameters"], seen["parameters"]), case
+
+
+def test_loss_without_a_graph_may_weigh_nothing(ranks):
+    for rank in ranks:
+        assert all_equal(rank["no graph"], ranks[0]["no graph"])
+        assert all(param.isfinite().all() for param in rank["no graph"])
+
+
+def test_sum_over_ranks_is_right_in_the_first_step(ranks):
+    for rank in ranks:
+        assert rank["sum of the first step"] == 12
 
 
 def test_500_steps_equal_a_loop_by_hand_where_all_sums_are_exact(ranks):
