@@ -187,6 +187,7 @@ class FullBatch(Callback):
         if self._fit is None:
             return
         self._fit.buffers.look()
+        self._fit.evaluation.look_for_hooks()
         if trainer.train_dataloader is not self._fit.evaluation.loader:
             self._fit.evaluation.loader.release()
             loader = _find_loader(trainer)

@@ -77,6 +77,7 @@ class Evaluation:
             else partial(_not_last, self.engine)
         )
         self.hooks: set[str] = set()  # of the closure, that somebody overrides
+        self._callbacks: list[int] = []
         self.attach(loader)
 
     def attach(self, loader: FullBatchLoader) -> None:
@@ -94,6 +95,13 @@ class Evaluation:
         """Start a step, whose first micro-batch the loader has given to Lightning."""
         self.loader.check_begun()
         self.loss = None
+        callbacks = [*map(id, self.trainer.callbacks)]  # type: ignore[attr-defined]
+        if callbacks != self._callbacks:
+            self.look_for_hooks()
+
+    def look_for_hooks(self) -> None:
+        """Find out who overrides hooks of the closure, once an epoch, as it takes as long as a small layer."""
+        self._callbacks = [*map(id, self.trainer.callbacks)]  # type: ignore[attr-defined]
         self.hooks = overridden_hooks(self.trainer, _CLOSURE_HOOKS)
 
     def run(self, arguments: tuple[Any, ...], batch_idx: int, backward: bool) -> tuple[Tensor, dict[str, Any]]:

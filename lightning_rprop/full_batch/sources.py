@@ -228,8 +228,10 @@ class HeldPart:
         own = _mapped(self._held.data, partial(_cut, part=self._own))
         self.data = _mapped(own, self._place)
         self.leaves = [leaf for _, leaf in _leaves("data", self.data)]
-        leaves = [*self._held.leaves.values(), *self.leaves]  # of what was copied, too, where training_step may write
-        self._watched = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        views = [leaf for _, leaf in _leaves("data", own)]
+        copies = [leaf for leaf, view in zip(self.leaves, views, strict=True) if leaf is not view]
+        # training_step may write to copies; a view counts with what it is of
+        self._watched = [leaf for leaf in (*self._held.leaves.values(), *copies) if isinstance(leaf, Tensor)]
 
     def begin_pass(self) -> bool:
         """See what was written to the data since the last pass; return whether micro-batches of before are outdated."""
