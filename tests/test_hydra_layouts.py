@@ -9,6 +9,7 @@ from programs import run
 FILES = {
     "configs/train.yaml": """
 defaults: [_self_, data: line, model: net, callbacks: default, trainer: default, experiment: null, debug: null]
+empty: {of: the app}
 hydra:
   run: {dir: run}
   sweep: {dir: sweep}

@@ -63,7 +63,7 @@ class LightningRpropConfigSource(ConfigSource):
             raise ConfigLoadError(f"Config not found : {config_path}")
         name = _name(config_path)
         if name == _EMPTY:
-            config: DictConfig = _Empty("${empty}")
+            config: DictConfig = _Empty("${lightning_rprop.replaces.this.section}")
         elif name.startswith("optimizer/"):
             config = OmegaConf.create({"defaults": [f"/{_EMPTY}@_here_", f"/{_TYPED}{name}@_here_"]})
         else:

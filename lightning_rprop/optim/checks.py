@@ -40,6 +40,8 @@ def check_state(name: str, param: Tensor, state: Any) -> None:
             and value.shape == param.shape
             and value.is_complex() == param.is_complex()
             and (value.is_complex() or value.is_floating_point())
+            and value.layout is torch.strided
+            and (value.is_complex() or value.dtype.itemsize > 1)  # float8 has no arithmetic
         ):
             raise ValueError(
                 f"the state of {name} does not fit: its {key} is {_described(value)}, the "
@@ -48,7 +50,8 @@ def check_state(name: str, param: Tensor, state: Any) -> None:
     for key in ("step", "prev_loss"):
         value = state.get(key)
         is_number = isinstance(value, Real) if key == "step" else key not in state  # torch once saved a plain number
-        if not (value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else is_number):
+        is_real = isinstance(value, Tensor) and not value.is_complex() and value.dtype != torch.bool
+        if not (is_real and value.numel() == 1 if isinstance(value, Tensor) else is_number):
             raise ValueError(
                 f"the state of {name} does not fit: its {key} is {_described(value)}, not a tensor of one real number: "
                 "was the checkpoint changed after it was saved?"
@@ -118,11 +121,12 @@ def _check_loss(loss: float | Tensor | None, shared_loss: bool) -> None:
             "variant='irprop+' compares the loss with that of the step before, but got none: call "
             "step(closure) with a closure that returns it, or step(loss=loss)"
         )
-    if not (loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)):
+    if not (loss.numel() == 1 and not loss.is_complex() if isinstance(loss, Tensor) else isinstance(loss, Real)):
         raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}")
     if not shared_loss and dist.is_available() and dist.is_initialized() and (size := dist.get_world_size()) > 1:
         raise RuntimeError(
             f"variant='irprop+' would compare another loss on each of the {size} processes, and their replicas would "
             "drift apart: train with the FullBatch callback, or reduce the loss over the processes and set "
-            "optimizer.shared_loss = True"
+            "optimizer.shared_loss = True (on the Rprop itself: the .optimizer of Lightning's or Fabric's wrapper, the "
+            ".optim of ZeroRedundancyOptimizer)"
         )

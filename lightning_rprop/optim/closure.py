@@ -14,8 +14,8 @@ from lightning_rprop.optim.modes import is_true
 def evaluate_anew(closure: Callable[[], float | Tensor], groups: list[dict[str, Any]]) -> float | Tensor:
     """Evaluate a closure that must zero the gradients, and refuse one that does not.
 
-    Gradients of NaN are put in its way: a closure that accumulates adds to them, one that does nothing leaves all.
-    Where the loss is NaN or infinite, gradients of NaN do not show that they were not zeroed.
+    Infinite gradients are put in its way: a closure that accumulates adds to them, which leaves no finite number, and
+    one that does nothing leaves all. Where the loss is NaN or infinite, gradients do not show whether they were zeroed.
 
     Args:
         closure: Zeroes the gradients, evaluates the model, calls ``backward`` and returns the loss.
@@ -29,15 +29,15 @@ def evaluate_anew(closure: Callable[[], float | Tensor], groups: list[dict[str, 
     """
     params = [p for group in groups for p in group["params"] if p.requires_grad and p.numel() > 0]
     grads = [p.grad for p in params]
-    for p in params:
-        p.grad = torch.full_like(p, torch.nan, requires_grad=False)
-    markers = [(p.grad, p.grad._version) for p in params]
     try:
+        for p in params:
+            p.grad = torch.full_like(p, _marker(p), requires_grad=False)
+        markers = [(p.grad, p.grad._version) for p in params]
         loss = closure()
         stayed = [(p.grad is marker, marker._version == v) for p, (marker, v) in zip(params, markers, strict=True)]
         untouched = [same and unchanged for same, unchanged in stayed]
         added_to = [p.grad for p, (same, unchanged) in zip(params, stayed, strict=True) if same and not unchanged]
-        if params and (all(untouched) or (_is_finite(loss) and any(map(_is_nan, added_to)))):
+        if params and (all(untouched) or (_is_finite(loss) and any(map(_was_added_to, added_to)))):
             raise RuntimeError(
                 f"max_iter={groups[0]['max_iter']} evaluates the closure again, but it did not zero the "
                 "gradients: let it call zero_grad() and backward(), as for torch.optim.LBFGS. With gradient "
@@ -57,5 +57,11 @@ def _is_finite(loss: Any) -> bool:
     return not isinstance(loss, (float, int, Tensor)) or is_true(torch.as_tensor(loss).isfinite().all(), unknown=True)
 
 
-def _is_nan(grad: Tensor) -> bool:
-    return is_true(grad.isnan().all(), unknown=False)
+def _marker(param: Tensor) -> float | complex:
+    return complex(torch.inf, torch.inf) if param.is_complex() else torch.inf
+
+
+def _was_added_to(grad: Tensor) -> bool:
+    """Return whether a gradient was added to infinite ones; one that was zeroed may be NaN by itself."""
+    grad = torch.view_as_real(grad) if grad.is_complex() else grad
+    return is_true(grad.isposinf().any() & ~grad.isfinite().any(), unknown=False)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_rprop.optim.compiled import HALVES, update_opaque
 from lightning_rprop.optim.foreach import update_foreach
@@ -133,6 +134,8 @@ def check_fused(names: Sequence[str], rows: Sequence[tuple[Tensor, Tensor, Tenso
     Raises:
         RuntimeError: If there is such a parameter.
     """
+    names = [name for name, row in zip(names, rows, strict=True) if not is_lazy(row[0])]
+    rows = [row for row in rows if not is_lazy(row[0])]  # the others get their shapes later
     rows = [(local(param), local(aligned(grad, param)), local(prev), local(size)) for param, grad, prev, size in rows]
     params, grads, prevs, step_sizes = ([row[i] for row in rows] for i in range(4))
     if not rows or fused_update_of_all(params, grads, prevs, step_sizes, take_back=False):

@@ -81,7 +81,7 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
     variant = options["variant"]
     checked["variant"] = variant = variant.value if isinstance(variant, Enum) else variant
-    if variant not in AT_FLIP:
+    if not isinstance(variant, str) or variant not in AT_FLIP:
         raise ValueError(f"Invalid variant: {variant!r}: variant must be one of {', '.join(AT_FLIP)}")
 
     max_iter = options["max_iter"]

@@ -227,7 +227,7 @@ class Rprop(Optimizer):
                         losses.append((param, state["prev_loss"]))
             return {**state_dict, "state": copies}
 
-        is_fresh = not self.state  # else its options may be those of a state that was loaded
+        is_fresh = all(param in self._unmoved for param in self.state)  # else it may go back to where it was
         own = [dict(group) for group in self.param_groups]
         last = self.register_load_state_dict_pre_hook(copy_and_check)  # sees what the user's hooks made
         try:
@@ -242,7 +242,8 @@ class Rprop(Optimizer):
             if is_first:
                 warnings.warn(
                     f"The loaded state brings other options than this optimizer had, and they are in force: "
-                    f"{'; '.join(found)}. To go on with your own, set them in optimizer.param_groups after loading.",
+                    f"{'; '.join(found)}. To go on with your own, set them in optimizer.param_groups after loading; lr "
+                    "is only the first step size of a parameter that has no state yet.",
                     stacklevel=2,
                 )
 
@@ -409,9 +410,16 @@ class Rprop(Optimizer):
                 new = _new_state(p, group)  # all of it or nothing, if memory runs out
                 state = self.state[p]
                 state.update(new)
+            prev = state["prev"]
+            if prev.shape != p.shape or grad.shape != p.shape:
+                raise RuntimeError(
+                    f"{next(name_of(group, i) for i, q in enumerate(group['params']) if q is p)} has the shape "
+                    f"{tuple(p.shape)}, its gradient {tuple(grad.shape)}, and its state {tuple(prev.shape)}: after "
+                    "changing a parameter's shape, make a new optimizer"
+                )
             params.append(p)
             grads.append(grad)
-            prevs.append(state["prev"])
+            prevs.append(prev)
             step_sizes.append(state["step_size"])
             state_steps.append(state["step"])
 
