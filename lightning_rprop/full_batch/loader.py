@@ -38,7 +38,8 @@ class FullBatchLoader:
 
             - tensors of shape ``(samples, ...)``, alone or in tuples, lists, dicts or dataclasses, nested if you like;
               they are held, once, and a rank holds only its share. What is written to them between two steps (moved
-              collocation points) is seen by the next step. Sparse tensors, tensors of different lengths, and objects
+              collocation points) is seen by the next step, unless it goes past torch's version counter and the data are
+              copied to another device or dtype. Sparse tensors, tensors of different lengths, and objects
               with a method ``to()`` (a graph of PyTorch Geometric) are held as a whole, on one device;
             - a map-style ``Dataset``, collated once and then held likewise;
             - a ``DataLoader``, for data that do not fit in memory: its batches are the micro-batches, read again at
