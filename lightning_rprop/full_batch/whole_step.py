@@ -129,6 +129,7 @@ class Snapshot:
                 each.state.clear()
                 each.state.update(copies)
             for group, options in self._options:
+                group.clear()
                 group.update(options)
             self._states = []
 
