@@ -339,7 +339,7 @@ class _OfOneStep:
         self._has_seen = False
 
     def show(self) -> Any:
-        """Give ``self.log`` the value of this rank's micro-batches, or of all ranks' with ``dist_sync_on_step``."""
+        """Show the value of this rank's micro-batches, or of all ranks' with ``dist_sync_on_step``, to ``self.log``."""
         if self._has_seen:
             self._has_seen = False
             synced = self._metric.dist_sync_on_step

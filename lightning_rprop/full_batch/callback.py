@@ -156,7 +156,7 @@ class FullBatch(Callback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if sum(is_called(callback, "FullBatch") for callback in callbacks) > 1:
             raise MisconfigurationException("FullBatch is among the callbacks more than once: leave one")
-        # a new list, as the old one is being walked through; first, so that the others see a step that is made
+        # a new list, because Lightning is iterating over the old one; first, so that the others see a complete step
         trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
         if self.take_over:
             self._put_back.callback(wrap_train_dataloader(trainer, _taken_over))
@@ -245,7 +245,7 @@ class FullBatch(Callback):
         return kept | {"_fit": None, "_put_back": ExitStack()}
 
     def _share(self, trainer: pl.Trainer, loader: FullBatchLoader) -> None:
-        """Give this rank its share of the data, which must be the same on all ranks."""
+        """Take this rank's share of the data, which must be the same on all ranks."""
         if trainer.world_size > 1:
             mine = {
                 "FullBatch's reduction": self.reduction,
@@ -365,7 +365,7 @@ class _Fit:
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give a step without a closure, as under a GradScaler, the loss if it takes one."""
+        """Pass the loss to a step without a closure (as under a GradScaler) that takes one."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             if optimizer in self.take_loss and "loss" not in kwargs and self.evaluation.loss is not None:

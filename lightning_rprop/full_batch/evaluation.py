@@ -100,12 +100,12 @@ class Evaluation:
             self.look_for_hooks()
 
     def look_for_hooks(self) -> None:
-        """Find out who overrides hooks of the closure, once an epoch, as it takes as long as a small layer."""
+        """Find out who overrides hooks of the closure; once per epoch, because it takes as long as a small layer."""
         self._callbacks = [*map(id, self.trainer.callbacks)]  # type: ignore[attr-defined]
         self.hooks = overridden_hooks(self.trainer, _CLOSURE_HOOKS)
 
     def run(self, arguments: tuple[Any, ...], batch_idx: int, backward: bool) -> tuple[Tensor, dict[str, Any]]:
-        """Evaluate the whole set, as Lightning's closure does a batch.
+        """Evaluate the whole set, in the place of a batch that the closure of Lightning would evaluate.
 
         Args:
             arguments: What Lightning would call training_step with: its batch, and the index if that is taken.

@@ -208,7 +208,7 @@ class FullBatchLoader:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Any]:
-        """Give the first micro-batch of a pass for each step, for ``FullBatch`` to run the whole pass."""
+        """Iterate over the steps of an epoch; each is the first micro-batch of a pass, which ``FullBatch`` completes."""
         for _ in range(self.steps_per_epoch):
             if not self._served and not self._part.single:
                 raise RuntimeError(

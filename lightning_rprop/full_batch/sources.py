@@ -242,7 +242,7 @@ class HeldPart:
         return True
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        """Give the micro-batches of a pass."""
+        """Iterate over the micro-batches of a pass."""
         for low, high in self._cuts:
             part = slice(low, high) if high > low else slice(0, 1)
             if self.single and high != low:
@@ -341,7 +341,7 @@ class StreamedPart:
         return False
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        """Give the micro-batches of a pass."""
+        """Iterate over the micro-batches of a pass."""
         self.passes += 1
         is_over = False  # a stream's last batch may be smaller than batch_size; with workers, that of each
         for i, (batch, counts) in enumerate(self._own()):
@@ -353,7 +353,7 @@ class StreamedPart:
                 is_over = size < self.sizes
 
     def _own(self) -> Iterator[tuple[Any, bool]]:
-        """Give this rank's batches, and whether each counts; equally many on all ranks."""
+        """Iterate over this rank's batches, and whether each counts; equally many on all ranks."""
         if self.every is None:
             for i, batch in enumerate(self.batches):
                 yield batch, self.counted is None or i < self.counted
@@ -424,7 +424,7 @@ def _is_dataclass(data: Any) -> bool:
 
 
 def _leaves(path: str, data: Any) -> Iterator[tuple[str, Any]]:
-    """Give each leaf with the expression that finds it."""
+    """Iterate over the leaves, with the expression that finds each."""
     if isinstance(data, Mapping):
         for key, value in data.items():
             yield from _leaves(f"{path}[{key!r}]", value)

@@ -86,7 +86,7 @@ class _Copies:
 
 
 class Snapshot:
-    """State and options of an optimizer, and of one inside it, as they were before a step."""
+    """The state and options that an optimizer, and one inside it, had before a step."""
 
     def __init__(self) -> None:
         self._copies = _Copies()
@@ -153,7 +153,7 @@ class Buffers:
         self._copies = _Copies()
 
     def look(self) -> None:
-        """Find the submodules and the frozen parameters, once an epoch, as the walk takes long."""
+        """Find the submodules and the frozen parameters; once per epoch, because the walk takes long."""
         self._homes = [each._buffers for each in self._module.modules()]
         self._frozen = [param for param in self._module.parameters() if not param.requires_grad]
 
