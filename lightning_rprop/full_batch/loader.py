@@ -208,7 +208,7 @@ class FullBatchLoader:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over the steps of an epoch; each is the first micro-batch of a pass, which ``FullBatch`` completes."""
+        """Iterate over the steps of an epoch: the first micro-batch of each pass, which ``FullBatch`` completes."""
         for _ in range(self.steps_per_epoch):
             if not self._served and not self._part.single:
                 raise RuntimeError(
