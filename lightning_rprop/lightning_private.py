@@ -122,13 +122,18 @@ def methods_in_the_way(trainer: pl.Trainer) -> list[str]:
     owners = (trainer.precision_plugin, trainer.strategy)
     names = ("pre_backward", "post_backward")
     methods = [getattr(owner, name) for owner in owners for name in names] + [trainer.strategy.backward]
-    return [method.__qualname__ for method in methods if not method.__module__.startswith(_PACKAGES)]
+    return [getattr(method, "__qualname__", repr(method)) for method in methods if not is_lightnings(method)]
+
+
+def is_lightnings(hook: Any) -> bool:
+    """Return whether a hook is one that Lightning defines, in either of its packages."""
+    return getattr(hook, "__module__", "").startswith(_PACKAGES)
 
 
 def _is_default(hook: Any) -> bool:
-    """Return whether a hook does nothing, or what Lightning does by default, in either of its packages."""
+    """Return whether a hook does nothing, or what Lightning does by default."""
     owner = getattr(hook, "__qualname__", "").rpartition(".")[0]
-    return owner in _HAVE_EMPTY_HOOKS and hook.__module__.startswith(_PACKAGES)
+    return owner in _HAVE_EMPTY_HOOKS and is_lightnings(hook)
 
 
 def before_batch_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:

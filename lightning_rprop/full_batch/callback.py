@@ -166,7 +166,7 @@ class FullBatch(Callback):
         check_agreement(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take care of the loader and of Lightning's closure."""
+        """Serve the loader, and replace the closure that Lightning makes."""
         loader = _find_loader(trainer)
         self._put_back.callback(loader.release)
         self._share(trainer, loader)

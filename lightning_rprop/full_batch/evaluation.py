@@ -19,6 +19,7 @@ from lightning_rprop.full_batch.sources import renewed
 from lightning_rprop.lightning_private import (
     StepLogs,
     before_batch_transfer,
+    is_lightnings,
     overridden_hooks,
     run_hook,
     run_module_hook,
@@ -85,7 +86,7 @@ class Evaluation:
         self.loader = loader
         owners = [self.pl_module, *([self.trainer.datamodule] if self.trainer.datamodule is not None else [])]  # type: ignore[attr-defined]
         self.in_place = loader.lies_on(self.trainer.strategy.root_device) and not any(
-            _is_the_users(getattr(owner, hook)) for owner in owners for hook in _TRANSFER_HOOKS
+            not is_lightnings(getattr(owner, hook)) for owner in owners for hook in _TRANSFER_HOOKS
         )
         known = None if self.weight is not None else loader.num_samples
         self.total: float | None = None if known is None else float(known)
@@ -95,8 +96,7 @@ class Evaluation:
         """Start a step, whose first micro-batch the loader has given to Lightning."""
         self.loader.check_begun()
         self.loss = None
-        callbacks = [*map(id, self.trainer.callbacks)]  # type: ignore[attr-defined]
-        if callbacks != self._callbacks:
+        if [*map(id, self.trainer.callbacks)] != self._callbacks:  # type: ignore[attr-defined]
             self.look_for_hooks()
 
     def look_for_hooks(self) -> None:
@@ -340,11 +340,6 @@ def _number(weight: Any) -> float:
             "FullBatch(weight=...) was given"
         )
     return number
-
-
-def _is_the_users(hook: Callable[..., Any]) -> bool:
-    """Return whether a hook is other than Lightning's own, of either of its two packages."""
-    return not getattr(hook, "__module__", "").startswith(("lightning.pytorch.", "pytorch_lightning."))
 
 
 def _power_of_two_near(x: float) -> float:
