@@ -34,9 +34,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from benchmarks.step import machine, resnet50
 from lightning_rprop import FullBatch, Rprop, StepSizeMonitor
-from lightning_rprop.monitor.names import DEFAULT
-from lightning_rprop.monitor.optimizers import Row, list_rows
-from lightning_rprop.monitor.record import Plan, look, measure
+from lightning_rprop.monitor._names import DEFAULT
+from lightning_rprop.monitor._record import Plan, look, measure
+from lightning_rprop.monitor._rows import Row, list_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from tabular.data import TabularData

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lightning_rprop._hydra_ddp.ddp import hydra_ddp
     from lightning_rprop.config import FullBatchConf, RpropConf, StepSizeMonitorConf
     from lightning_rprop.full_batch.callback import FullBatch
     from lightning_rprop.full_batch.loader import FullBatchLoader
-    from lightning_rprop.hydra_job.ddp import hydra_ddp
     from lightning_rprop.monitor.callback import StepSizeMonitor
     from lightning_rprop.optim.rprop import Rprop
 
@@ -39,7 +39,7 @@ _HOME = {
     "RpropConf": "lightning_rprop.config",
     "StepSizeMonitor": "lightning_rprop.monitor.callback",
     "StepSizeMonitorConf": "lightning_rprop.config",
-    "hydra_ddp": "lightning_rprop.hydra_job.ddp",
+    "hydra_ddp": "lightning_rprop._hydra_ddp.ddp",
 }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Optional, Tuple  # noqa: UP035 (OmegaConf 2.3 reads these forms on every Python that we support)
 
-from lightning_rprop.monitor.names import DEFAULT
+from lightning_rprop.monitor._names import DEFAULT
 
 # An Enum, because OmegaConf 2.3 has no Literal: a wrong name is refused at composition, with the list of choices.
 Variant = Enum(

@@ -25,14 +25,14 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_rprop._hydra_ddp import RANK_FILE
 from lightning_rprop.config import CONFIGS
-from lightning_rprop.hydra_job import RANK_FILE
 
 _SCHEME = "lightning-rprop"
 _EMPTY, _TYPED = "lightning_rprop/empty", "lightning_rprop/"  # paths that no group lists
 
 if RANK_FILE in os.environ:
-    from lightning_rprop.hydra_job.rank import join_job
+    from lightning_rprop._hydra_ddp.rank import join_job
 
     join_job()
 

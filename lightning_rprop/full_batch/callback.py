@@ -17,22 +17,22 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_rprop.agreement import check_agreement, compare
-from lightning_rprop.class_name import is_called
-from lightning_rprop.full_batch.advice import warn_of_dropout, warn_of_micro_batches
-from lightning_rprop.full_batch.evaluation import Evaluation
-from lightning_rprop.full_batch.loader import FullBatchLoader
-from lightning_rprop.full_batch.samplers import in_order
-from lightning_rprop.full_batch.whole_step import Buffers, Interrupts, Snapshot
-from lightning_rprop.inside import innermost
-from lightning_rprop.lightning_private import (
+from lightning_rprop._lightning import (
     evaluate_by,
     forget_loader_state,
     has_no_optimizer,
+    innermost,
+    is_called,
     is_logged,
     methods_in_the_way,
     wrap_train_dataloader,
 )
+from lightning_rprop._ranks import check_agreement, compare
+from lightning_rprop.full_batch._atomic_step import Buffers, Interrupts, Snapshot
+from lightning_rprop.full_batch._evaluation import Evaluation
+from lightning_rprop.full_batch._samplers import in_order
+from lightning_rprop.full_batch._warnings import warn_of_dropout, warn_of_micro_batches
+from lightning_rprop.full_batch.loader import FullBatchLoader
 
 
 class FullBatch(Callback):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rprop.full_batch.sources import make_source
+from lightning_rprop.full_batch._sources import make_source
 
 
 class MicroBatch(NamedTuple):

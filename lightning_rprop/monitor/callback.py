@@ -13,22 +13,21 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 
-from lightning_rprop.agreement import check_agreement
-from lightning_rprop.class_name import is_called
-from lightning_rprop.lightning_private import logged_step
-from lightning_rprop.monitor.advice import TOPICS, Advice, why_no_record
-from lightning_rprop.monitor.arguments import (
+from lightning_rprop._lightning import is_called, logged_step
+from lightning_rprop._ranks import check_agreement
+from lightning_rprop.monitor._arguments import (
     check_choice,
     check_flag,
     check_interval,
     check_patterns,
     check_statistics,
 )
-from lightning_rprop.monitor.history import History
-from lightning_rprop.monitor.loggers import send
-from lightning_rprop.monitor.names import DEFAULT, PREFIX, key_of
-from lightning_rprop.monitor.optimizers import Listing, find_rprop, plain_name
-from lightning_rprop.monitor.record import Look, Plan, Record, look, measure
+from lightning_rprop.monitor._history import History
+from lightning_rprop.monitor._loggers import send
+from lightning_rprop.monitor._names import DEFAULT, PREFIX, key_of
+from lightning_rprop.monitor._record import Look, Plan, Record, look, measure
+from lightning_rprop.monitor._rows import Listing, find_rprop, plain_name
+from lightning_rprop.monitor._warnings import TOPICS, Advice, why_no_record
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from lightning_rprop.monitor.names import PREFIX, QUANTILE, key_of
-from lightning_rprop.monitor.run_folder import Series, read_series
+from lightning_rprop.monitor._logs import Series, read_series
+from lightning_rprop.monitor._names import PREFIX, QUANTILE, key_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

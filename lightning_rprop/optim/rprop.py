@@ -13,21 +13,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_rprop.optim.checks import check_state, check_step, name_of
-from lightning_rprop.optim.closure import evaluate_anew
-from lightning_rprop.optim.dispatch import check_fused, check_parameter
-from lightning_rprop.optim.functional import prepare, prepare_with_autograd, rprop
-from lightning_rprop.optim.modes import is_true
-from lightning_rprop.optim.options import (
+from lightning_rprop._torch import is_true
+from lightning_rprop.optim._checks import check_state, check_step, name_of
+from lightning_rprop.optim._closure import evaluate_anew
+from lightning_rprop.optim._dispatch import check_fused, check_parameter
+from lightning_rprop.optim._functional import prepare, prepare_with_autograd, rprop
+from lightning_rprop.optim._options import (
     LATER_OPTIONS,
     check_dtypes,
     check_options,
     differences,
     initial_step_size,
 )
-from lightning_rprop.optim.scratch import Scratch
-from lightning_rprop.optim.sharding import local, placed, whole
-from lightning_rprop.optim.variants import AT_FLIP, Variant
+from lightning_rprop.optim._scratch import Scratch
+from lightning_rprop.optim._sharding import local, placed, whole
+from lightning_rprop.optim._variants import AT_FLIP, Variant
 
 __all__ = ["Rprop", "rprop"]
 
@@ -38,7 +38,7 @@ class Rprop(Optimizer):
     A drop-in for :class:`torch.optim.Rprop`: the same arguments, state and checkpoints, and the same result to the last
     bit wherever the product of two gradients, which torch takes to compare their signs, neither underflows nor is NaN.
     The default rule is iRprop- (Igel and Huesken 2003), which is what torch's code does;
-    ``lightning_rprop/optim/update.py`` spells out all four.
+    ``lightning_rprop/optim/_rule.py`` spells out all four.
 
     Rprop is made for gradients of the whole data set: the noise of small batches changes their signs.
 

@@ -1,0 +1,89 @@
+"""Processes that train together must be set up alike, of which neither DDP nor FSDP makes sure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from lightning_rprop.optim._sharding import is_slice
+
+# What is no hyperparameter, or does not change what comes out: it may depend on a rank's machine.
+_IGNORED = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
+
+
+def check_agreement(trainer: pl.Trainer) -> None:
+    """Compare parameters' shapes and optimizers' hyperparameters, as far as there are some, between the ranks.
+
+    A collective of two numbers; only where those differ, the ranks tell each other what they have.
+
+    Args:
+        trainer: The Trainer that will fit, on every rank.
+
+    Raises:
+        ValueError: On every rank, if a shape, a dtype, a hyperparameter or a number of parameters differs.
+    """
+    if trainer.world_size > 1:
+        compare(
+            trainer,
+            {**dict(_shapes(trainer)), **dict(_options(trainer))},
+            "the ranks are set up differently: {}. Make the same model and optimizer on all ranks; under Hydra's "
+            "--multirun, where each process that Lightning starts is a sweep of its own, train inside "
+            "`with lightning_rprop.hydra_ddp(trainer):`",
+        )
+
+
+def compare(trainer: pl.Trainer, mine: Mapping[str, str], message: str) -> None:
+    """Compare what should be the same on all ranks; called by all of them.
+
+    Args:
+        trainer: The Trainer, of more than one rank.
+        mine: What this rank has, by name.
+        message: What to say if something differs, with ``{}`` for names, ranks and values.
+
+    Raises:
+        ValueError: On every rank, if something differs.
+    """
+    digest = hashlib.sha256(repr(dict(mine)).encode()).digest()
+    number = int.from_bytes(digest[:7], "big")
+    ends = torch.tensor([number, -number], device=trainer.strategy.root_device)
+    most, least = trainer.strategy.reduce(ends, reduce_op="max").abs().tolist()
+    if most == least:
+        return
+    first, *others = [trainer.strategy.broadcast(dict(mine), src=rank) for rank in range(trainer.world_size)]
+    differences = [
+        f"{name} is {first.get(name, 'missing')} on rank 0, {other.get(name, 'missing')} on rank {rank}"
+        for rank, other in enumerate(others, start=1)
+        for name in {**first, **other}
+        if first.get(name) != other.get(name)
+    ]
+    more = f" (and {len(differences) - 5} more)" if len(differences) > 5 else ""
+    raise ValueError(message.format("; ".join(differences[:5]) + more))
+
+
+def _shapes(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
+    for name, param in trainer.lightning_module.named_parameters():
+        if is_lazy(param):
+            yield name, "not initialized"
+        elif not is_slice(param):  # whose shape is a rank's own
+            yield name, f"{tuple(param.shape)} {str(param.dtype).removeprefix('torch.')}"
+
+
+def _options(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
+    for i, optimizer in enumerate(trainer.optimizers):
+        where = f"optimizer {i}: " if i else ""
+        for j, group in enumerate(getattr(optimizer, "param_groups", [])):
+            of_group = f"{where}of parameter group {j} " if j else where
+            yield f"{of_group}the number of parameters", str(len(group["params"]))
+            for name, value in group.items():
+                if name not in _IGNORED:
+                    yield f"{of_group}{name}", repr(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -1,0 +1,84 @@
+"""The rules of ``update.py`` over lists of tensors: one launch for many of them where a device has such kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from lightning_rprop.optim._scratch import Scratch
+
+_dtype = attrgetter("dtype")
+
+
+def update_foreach(
+    params: list[Tensor],
+    grads: list[Tensor],
+    prevs: list[Tensor],
+    step_sizes: list[Tensor],
+    *,
+    etaminus: float,
+    etaplus: float,
+    step_size_min: float,
+    step_size_max: float,
+    weight_decay: float,
+    maximize: bool,
+    forget: bool,
+    take_back: bool | Tensor,
+    differentiable: bool,
+    scratch: Scratch,
+) -> Callable[[], None]:
+    """Compute one move of all tensors at once; arguments as in :func:`lightning_rprop.optim._rule.update`.
+
+    Returns:
+        A function that makes the move; it allocates no memory.
+    """
+    del differentiable  # dispatch.py never sends a differentiable step here: the foreach kernels write in place
+    del scratch  # the results of all tensors are there at once
+
+    # the gradient of what is minimised (two roundings for the decay: a fused multiply-add would depend on the path)
+    if maximize:
+        grads = list(torch._foreach_neg(grads))
+    if weight_decay != 0:
+        grads = list(torch._foreach_add(torch._foreach_mul(params, weight_decay), grads))
+
+    # compare signs; sign(0) = 0, and torch's sign(NaN) = 0 too
+    signs = list(torch._foreach_sign(grads))
+    agreements = torch._foreach_mul(signs, torch._foreach_sign(prevs))
+    flipped = [agreement < 0 for agreement in agreements]
+
+    # adapt the step size: 1 + etaplus * (-1, 0, 1), cut to [etaminus, etaplus], is (etaminus, 1, etaplus)
+    torch._foreach_mul_(agreements, etaplus)
+    torch._foreach_add_(agreements, 1)
+    torch._foreach_clamp_min_(agreements, etaminus)
+    torch._foreach_clamp_max_(agreements, etaplus)
+    sizes = list(torch._foreach_mul(step_sizes, agreements))
+    del agreements
+    if [*map(_dtype, sizes)] != [*map(_dtype, step_sizes)]:  # parameters that were given another dtype amid training
+        sizes = [size.to(step_size.dtype) for size, step_size in zip(sizes, step_sizes, strict=True)]
+    torch._foreach_clamp_min_(sizes, step_size_min)
+    torch._foreach_clamp_max_(sizes, step_size_max)
+
+    # remember the gradient: 0 where the sign changed, the one before where this one is NaN
+    kept = [torch.where(grad.isnan(), prev, grad) for grad, prev in zip(grads, prevs, strict=True)]
+    if forget:
+        for grad, flip in zip(kept, flipped, strict=True):
+            grad.masked_fill_(flip, 0)
+
+    # move; where the sign changed back by the last step size, or not at all
+    if take_back is False:
+        distances = sizes
+    else:
+        distances = [torch.where(*row) for row in zip(flipped, step_sizes, sizes, strict=True)]
+    if forget and take_back is not True:
+        for sign, flip in zip(signs, flipped, strict=True):
+            sign.masked_fill_(flip if take_back is False else flip & ~take_back.to(flip.device), 0)
+
+    def move() -> None:
+        torch._foreach_addcmul_(params, signs, distances, value=-1)
+        torch._foreach_copy_(step_sizes, sizes)
+        torch._foreach_copy_(prevs, kept)
+
+    return move

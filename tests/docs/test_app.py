@@ -1,0 +1,182 @@
+"""The example app, as a person starts it."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from programs import run
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "examples" / "train.py"
+
+
+def train(folder, *overrides, **how):
+    return run(folder, PROGRAM, *overrides, **how)
+
+
+def table(output):
+    """The result table at the end of the output."""
+    lines = output[output.index("data set ") :].splitlines()
+    return dict(re.split(r"  +", line, maxsplit=1) for line in lines)
+
+
+def test_main_job(tmp_path):
+    output = train(tmp_path)
+    assert "digits: train 1167, val 270, test 360 samples; 40 epochs of 10 full-batch steps" in output
+    lines = re.findall(r"epoch +(\d+)/40  train loss [\d.]+ accuracy [\d.]+  val loss [\d.]+ accuracy [\d.]+", output)
+    assert lines == [str(epoch) for epoch in range(4, 41, 4)]
+    result = table(output)
+    assert float(result["test accuracy"]) >= 0.95
+    assert result["optimizer steps"] == "400"
+    assert Path(result["picture"]).read_bytes().startswith(b"\x89PNG")
+    state = torch.load(result["checkpoint"], weights_only=True)["optimizer_states"][0]
+    assert state["param_groups"][0]["etas"] == (0.5, 1.2)
+    with (Path(result["logs"]) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(bool(row["step_size/net.0.weight/median"]) for row in rows) == 40
+    assert sum(bool(row["step_size/sign_changed"]) for row in rows) == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+@pytest.mark.parametrize(("data", "score", "least"), [("breast_cancer", "accuracy", 0.9), ("diabetes", "R^2", 0.2)])
+def test_other_real_data(data, score, least, tmp_path):
+    result = table(train(tmp_path, f"data={data}", "trainer.max_epochs=10"))
+    assert result["data set"] == data
+    assert float(result[f"test {score}"]) >= least
+
+
+def test_generated_data(tmp_path):
+    result = table(train(tmp_path, "data=spirals", "seed=3"))
+    assert float(result["test accuracy"]) >= 0.95
+
+
+def test_the_split_is_seeded_stratified_and_standardised_by_its_training_part():
+    code = """
+import sys, torch
+sys.path.insert(0, "examples")
+from tabular.data import TabularData
+a, b, c = (TabularData("breast_cancer", 0.15, 0.2, seed, 1).splits for seed in (0, 0, 1))
+assert all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name]))
+assert not torch.equal(a["train"][0], c["train"][0])
+shares = [y.float().mean().item() for _, y in a.values()]
+assert max(shares) - min(shares) < 0.01, shares
+x = a["train"][0].double()
+assert x.mean(0).abs().max() < 1e-6 and (x.var(0, correction=0) - 1).abs().max() < 1e-5
+assert a["test"][0].mean(0).abs().max() > 1e-3  # not by its own mean
+rows = torch.cat([x for x, _ in a.values()])
+assert len(rows) == 569 == len(torch.unique(rows, dim=0))  # each sample in one part
+target = TabularData("diabetes", 0.15, 0.2, 0, 1).splits["train"][1]
+assert target.shape == (287, 1) or target.shape == (286, 1)
+assert target.mean().abs() < 1e-6
+"""
+    run(ROOT, "-c", code)
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path):
+    checkpoints = []
+    for trainer in ("cpu", "ddp_cpu"):
+        (tmp_path / trainer).mkdir()
+        train(tmp_path / trainer, f"trainer={trainer}", "data=diabetes", "optimizer.lr=0.05", "trainer.max_epochs=5")
+        runs = list((tmp_path / trainer).glob("outputs/*/*"))
+        assert len(runs) == 1
+        checkpoints.append(torch.load(runs[0] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    alone, shared = checkpoints
+    assert all(torch.equal(alone[name], shared[name]) for name in alone)
+
+
+def test_sweep_leaves_a_folder_for_each_job(tmp_path):
+    output = train(tmp_path, "-m", "optimizer.lr=0.01,0.1", "trainer.max_epochs=1")
+    assert output.count("test accuracy") == 2
+    assert len(list(tmp_path.glob("multirun/*/*/*/checkpoints/best.ckpt"))) == 2
+
+
+def test_without_callbacks_and_logger(tmp_path):
+    result = table(train(tmp_path, "~callbacks", "~logger", "trainer.max_epochs=1"))
+    assert result["picture"] == "none (no step sizes)"
+    assert result["logs"] == "none"
+
+
+@pytest.mark.parametrize("override", ["+trainer.check_val_every_n_epoch=2", "trainer.max_epochs=0"])
+def test_with_fewer_validations(override, tmp_path):
+    result = table(train(tmp_path, "trainer.max_epochs=3", override))
+    assert result["optimizer steps"] == ("0" if "max_epochs" in override else "30")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data=foo",
+            "Could not find 'data/foo'\n\nAvailable options in 'data':\n\tbreast_cancer\n\tdiabetes\n\tdigits\n",
+        ),
+        (
+            "optimizer=foo",
+            "Could not find 'optimizer/foo'\n\nAvailable options in 'optimizer':\n\tirprop_minus\n\tirprop_plus\n",
+        ),
+        ("optimizer.lr=-1", "ValueError: Invalid learning rate: -1.0: lr is the initial step size"),
+        ("optimizer.etas=[1.2,0.5]", "ValueError: Invalid eta values: 1.2, 0.5: etas must be"),
+        ("optimizer.step_sizes=[50,1e-6]", "ValueError: Invalid step sizes: 50.0, 1e-06: step_sizes must be"),
+        ("optimizer.etas=[0.5]", "ValueError: Invalid eta values: 0.5: etas must be"),
+        ("optimizer.lr=abc", "Value 'abc' of type 'str' could not be converted to Float"),
+    ],
+)
+def test_bad_input_fails_before_training(override, message, tmp_path):
+    assert message in train(tmp_path, override, fails=True)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_missing_scikit_learn_gets_one_line(tmp_path):
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "sitecustomize.py").write_text(
+        "import sys, importlib.abc\n"
+        "class Hide(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name.split('.')[0] == 'sklearn':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "import importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'sklearn' else find(name, *a)\n"
+        "sys.meta_path.insert(0, Hide())\n"
+    )
+    error = train(tmp_path, fails=True, environment={"PYTHONPATH": str(tmp_path / "hide")})
+    assert error == "train.py needs sklearn: pip install 'lightning-rprop[examples]'\n"
+
+
+def ends(group, seconds=20):
+    """Whether all processes of the group are gone in that time."""
+    for _ in range(seconds * 10):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("trainer", ["cpu", "ddp_cpu"])
+def test_ctrl_c_ends_it_soon_with_a_whole_checkpoint(trainer, tmp_path):
+    command = [sys.executable, PROGRAM, f"trainer={trainer}", "trainer.max_epochs=1000000"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not list(tmp_path.glob("outputs/*/*/checkpoints/last.ckpt")):
+                assert time.monotonic() < deadline, "no checkpoint was written"
+                time.sleep(0.2)
+            time.sleep(1)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of the job
+            assert process.wait(timeout=20) != 0
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert ends(process.pid), "a process of the job is left"
+    for checkpoint in tmp_path.glob("outputs/*/*/checkpoints/*"):
+        assert torch.load(checkpoint, weights_only=True)["global_step"] > 0

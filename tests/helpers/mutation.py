@@ -1,0 +1,66 @@
+"""Wrong versions of a module, made from its source: what tests must not let pass."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from cases import INTERPRETED, PATHS
+
+from lightning_rprop.optim import _dispatch as dispatch
+from lightning_rprop.optim import _foreach as foreach
+from lightning_rprop.optim import _fused as fused
+from lightning_rprop.optim import _machine_code as machine_code
+from lightning_rprop.optim import _numba as fused_cpu
+from lightning_rprop.optim import _rule as update
+
+if INTERPRETED:
+    from lightning_rprop.optim import _triton as fused_kernel
+else:
+    from lightning_rprop.optim import _numba_kernel as fused_kernel
+
+# Where the rule is written, and the argument that chooses it.
+IMPLEMENTATIONS = dict(zip((update, foreach, fused_kernel), PATHS.values(), strict=True))
+
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+def mutated(module, *edits):
+    """The module after each ``(old, new)`` edit of its source."""
+    source = inspect.getsource(module)
+    for old, new in edits:
+        assert old in source, f"the mutation no longer fits the source: {old!r}"
+        source = source.replace(old, new)
+    # a file of its own, which stays: Triton reads its functions' sources when they are called
+    name = f"mutant_{len(list(Path(_FOLDER.name).iterdir()))}"
+    file = Path(_FOLDER.name, f"{name}.py")
+    file.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, file)
+    mutant = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    return mutant
+
+
+def put_mutant_in(monkeypatch, module, *edits):
+    """Let the optimizer use a wrong implementation."""
+    mutant = mutated(module, *edits)
+    if module is update:
+        monkeypatch.setattr(dispatch, "update", mutant.update)
+    elif module is foreach:
+        monkeypatch.setattr(dispatch, "update_foreach", mutant.update_foreach)
+    elif not INTERPRETED:
+
+        @cache
+        def load_kernel(dtype):
+            name = str(dtype).removeprefix("torch.")
+            source = inspect.getsource(module) + str(edits) + name
+            return fused_cpu.PROTOTYPE(machine_code.load("mutant", source, lambda: mutant.compile_kernel(name)))
+
+        monkeypatch.setattr(fused_cpu, "load_kernel", load_kernel)
+    else:
+        monkeypatch.setattr(module, "update_fused_cuda", mutant.update_fused_cuda)
+        fused._load.cache_clear()
+        monkeypatch.setattr(fused, "_load", cache(fused._load.__wrapped__))

@@ -1,0 +1,26 @@
+"""Programs, run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HELPERS = Path(__file__).parent
+
+
+def run(folder, *command, fails=False, timeout=300, environment=None, streams="one"):
+    """Run ``python command`` in the folder; return its output, or its errors if it must fail, or both streams."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    if streams == "both":
+        return done.stdout + done.stderr
+    return done.stderr if fails else done.stdout

@@ -1,0 +1,97 @@
+"""The kernel for CUDA, without a GPU: run by Triton's interpreter, and compiled for GPUs that are not there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from programs import run
+
+TESTS = Path(__file__).parent
+
+# The tests of the fused path, with Triton's kernel in it; those left out repeat others on longer trajectories.
+SELECTION = "fused and not function and not maximizing and not complex128 and not complex32"
+FILES = ("test_parity.py", "test_family.py", "test_step.py", "test_fused.py")
+
+
+def test_under_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTION, *FILES],
+        cwd=TESTS,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
+
+
+LAUNCHES = """
+import torch
+from lightning_rprop import Rprop
+from lightning_rprop.optim import _triton as fused_cuda
+
+launches = []
+kernel = fused_cuda._kernel
+class Counting:
+    def __getitem__(self, grid):
+        launches.append(grid)
+        return kernel[grid]
+fused_cuda._kernel = Counting()
+params = [torch.zeros(3, dtype=dtype, requires_grad=True) for dtype in [torch.float32, torch.float64] * 10]
+grads = [[torch.ones_like(p) for p in params] for _ in range(2)]
+optimizer = Rprop(params, fused=True)
+for which in (0, 1, 0, 1, 0):
+    for p, g in zip(params, grads[which]):
+        p.grad = g
+    launches.clear()
+    tables = dict(fused_cuda._tables)
+    optimizer.step()
+    print(len(launches), len(fused_cuda._tables.keys() - tables.keys()))
+"""
+
+
+def test_one_launch_for_each_dtype_and_a_table_only_for_new_addresses():
+    first, second, *others = run(".", "-c", LAUNCHES, environment={"TRITON_INTERPRET": "1"}).splitlines()
+    assert first.split()[0] in ("2", "4")  # each kernel is tried out before its first launch
+    assert first.split()[1] in ("2", "4")
+    assert second == "2 2"
+    assert others == ["2 0"] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("take_back", ["constexpr", "*i1"], ids=["never", "from memory"])
+def test_compiles_for_a_gpu(dtype, take_back):
+    """To machine code, without a contracted multiply-add, with 16 bytes in each load but at a tensor's end."""
+    import triton.language as tl
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lightning_rprop.optim import _triton as fused_cuda
+
+    fixed = {
+        "ROWS": 256,
+        "BLOCK": fused_cuda._BLOCK,
+        "STORED": fused_cuda._STORED[dtype],
+        "NUMBER": tl.float64 if dtype == torch.float64 else tl.float32,
+        "ALIGNED": True,
+        "DECAY": True,
+        "MAXIMIZE": True,
+        "FORGET": True,
+        "TAKE_BACK": False,
+    }
+    types = {"table": "*i64", "rows": "i32", "take_back_at": take_back} | dict.fromkeys(fixed, "constexpr")
+    values = fixed if take_back != "constexpr" else {**fixed, "take_back_at": None}
+    source = ASTSource(fused_cuda._kernel, types, constexprs=values, attrs={(0,): [["tt.divisibility", 16]]})
+    kernel = compile(source, GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False})
+    text = kernel.asm["ptx"]
+    assert kernel.asm["cubin"]
+    assert "fma." not in text
+    wide = ".v2.b64" if dtype == torch.float64 else ".v4.b32"
+    assert text.count(f"ld.global{wide}") >= 4
+    assert text.count(f"st.global{wide}") >= 3
