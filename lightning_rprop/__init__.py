@@ -1,7 +1,7 @@
 """Rprop for PyTorch Lightning.
 
-The public names are loaded when they are first used (PEP 562), because Hydra imports this package whenever any app on
-the machine starts, which must not import torch.
+Public names are imported on first use (PEP 562). Hydra imports this package whenever an app starts, and that must not
+import torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "hydra_ddp",
 ]
 
-_HOME = {
+_MODULE_OF = {
     "FullBatch": "lightning_rprop.full_batch.callback",
     "FullBatchConf": "lightning_rprop.config",
     "FullBatchLoader": "lightning_rprop.full_batch.loader",
@@ -44,20 +44,20 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(_HOME[name])
+        module = importlib.import_module(_MODULE_OF[name])
     except ModuleNotFoundError as error:
         if error.name != "lightning":
             raise
         message = (
             f"lightning_rprop.{name} needs Lightning, which is not installed: pip install lightning. "
-            "Rprop and the configs for Hydra work without it."
+            "Rprop and the Hydra configs work without it."
         )
         raise ModuleNotFoundError(message, name=error.name) from error
     value = getattr(module, name)
-    globals()[name] = value  # the next look-up does not come here
+    globals()[name] = value  # so that later lookups skip this function
     return value
 
 

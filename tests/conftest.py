@@ -1,4 +1,4 @@
-"""What all tests share: the environment of the processes they start, Ctrl-C as a terminal has it, and their order."""
+"""Fixtures for all tests: the environment of subprocesses and the handling of SIGINT; and the order of the tests."""
 
 import signal
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def interrupts():
-    """Take SIGINT as Python does by default: a job in the background, as some CI starts one, ignores it."""
+    """Restore Python's SIGINT handler: background jobs, as in some CI systems, start with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -15,10 +15,7 @@ def interrupts():
 
 @pytest.fixture(autouse=True, scope="session")
 def environment(tmp_path_factory):
-    """Compile anew, and leave nothing in the user's cache; so do the processes that tests start, with a thread each.
-
-    They are several at once, whose waiting threads would take the time from each other.
-    """
+    """Use empty kernel caches, not the user's, and one thread per subprocess, because several run simultaneously."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUMBA_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
@@ -28,5 +25,5 @@ def environment(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest: at the end, one process would be left alone with it."""
-    items.sort(key=lambda item: item.name != "test_under_the_interpreter")
+    """Start with the file that has the longest test, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_triton.py")

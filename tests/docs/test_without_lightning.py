@@ -1,4 +1,4 @@
-"""The package where Lightning is missing or broken."""
+"""The package without Lightning, or with a broken one."""
 
 import pytest
 from programs import run
@@ -18,11 +18,11 @@ sys.meta_path.insert(0, Hide())
 
 
 @pytest.mark.parametrize("name", ["FullBatch", "StepSizeMonitor", "hydra_ddp"])
-def test_missing_lightning_is_named(name, tmp_path):
+def test_missing_lightning_error_says_so(name, tmp_path):
     error = run(tmp_path, "-c", f"{HIDE}\nfrom lightning_rprop import {name}", fails=True)
     assert error.splitlines()[-1] == (
         f"ModuleNotFoundError: lightning_rprop.{name} needs Lightning, which is not installed: pip install lightning. "
-        "Rprop and the configs for Hydra work without it."
+        "Rprop and the Hydra configs work without it."
     )
 
 
@@ -42,7 +42,7 @@ assert "lightning" not in sys.modules
     run(tmp_path, "-c", HIDE + code)
 
 
-def test_broken_lightning_shows_its_own_error(tmp_path):
+def test_broken_lightning_error_is_not_hidden(tmp_path):
     (tmp_path / "lightning").mkdir()
     (tmp_path / "lightning" / "__init__.py").write_text("import missing_part\n")
     error = run(tmp_path, "-c", "from lightning_rprop import FullBatch", fails=True)

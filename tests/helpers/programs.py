@@ -1,4 +1,4 @@
-"""Programs, run as a user runs them."""
+"""Run Python programs in subprocesses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ HELPERS = Path(__file__).parent
 
 
 def run(folder, *command, fails=False, timeout=300, environment=None, streams="one"):
-    """Run ``python command`` in the folder; return its output, or its errors if it must fail, or both streams."""
+    """Run ``python *command`` in ``folder`` and return its stdout.
+
+    Args:
+        folder: The working directory.
+        command: The arguments of the interpreter.
+        fails: Whether the program must fail; then its stderr is returned.
+        timeout: The time limit in seconds.
+        environment: Additional environment variables.
+        streams: ``"both"`` returns stdout and stderr.
+    """
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=folder,

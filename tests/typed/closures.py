@@ -1,4 +1,4 @@
-"""What a type checker must accept, and the types that it must find; checked by ``mypy``, never called."""
+"""Types that ``mypy`` must infer for ``Rprop``; this code is never run."""
 
 from __future__ import annotations
 
