@@ -1,4 +1,4 @@
-"""The programs beside the app: they run, and their numbers are right."""
+"""The examples, except the app, and the benchmarks run and print the right numbers."""
 
 import json
 import re
@@ -15,6 +15,7 @@ from whole_set import Regression, exact, relative_error, whole_numbers
 from lightning_rprop import FullBatch, FullBatchLoader
 
 ROOT = Path(__file__).parents[2]
+ENCODER = ROOT / "examples" / "encoder.py"
 
 
 @pytest.fixture
@@ -25,21 +26,21 @@ def encoder(monkeypatch):
     return encoder
 
 
-def test_encoder_prints_its_table_and_leaves_its_picture(tmp_path):
-    output = run(tmp_path, str(ROOT / "examples" / "encoder.py"), "--starts", "30", "--only", "10-5-10")
+def test_encoder_prints_table_and_saves_plot(tmp_path):
+    output = run(tmp_path, ENCODER, "--starts", "30", "--only", "10-5-10")
     rows = re.findall(r"^10-5-10 +([\d.]+) +50  (\S+) +(\d+) +(\d+)/30 ", output, flags=re.MULTILINE)
     assert [row[:2] for row in rows] == [
         (lr, variant) for lr in ("0.1", "1") for variant in ("rprop+", "rprop-", "irprop+", "irprop-")
     ]
-    # 99 % intervals of the median of 20 starts, measured by an independent program before this package existed
+    # 99 % intervals of the median of 20 starts, measured by an independent program
     assert all(21 <= int(median) <= 28 if lr == "0.1" else 14 <= int(median) <= 23 for lr, _, median, _ in rows)
     assert (tmp_path / "encoder.png").read_bytes().startswith(b"\x89PNG")
-    assert "at least 1, got 0" in run(tmp_path, str(ROOT / "examples" / "encoder.py"), "--starts", "0", fails=True)
+    assert "at least 1, got 0" in run(tmp_path, ENCODER, "--starts", "0", fails=True)
 
 
 @pytest.mark.parametrize("variant", ["rprop+", "rprop-", "irprop+", "irprop-"])
-def test_encoder_starts_do_not_disturb_each_other(variant, encoder):
-    """One weight of one of several starts follows the scalar twin, fed with its gradients and its start's losses."""
+def test_encoder_starts_are_independent(variant, encoder):
+    """One parameter element of one start equals the scalar reference, given its gradients and that start's losses."""
     row = encoder.ROWS[0]._replace(cap=60)
     seen = []
 
@@ -60,7 +61,7 @@ def test_encoder_starts_do_not_disturb_each_other(variant, encoder):
     assert len(seen) == 60
 
 
-def test_encoder_network_by_hand(encoder):
+def test_encoder_network_matches_einsum(encoder):
     torch.manual_seed(0)
     n, hidden = 4, 2
     w = torch.randn(3, 2 * n * hidden + hidden + n, dtype=torch.float64)
@@ -68,20 +69,20 @@ def test_encoder_network_by_hand(encoder):
     bias, out_bias = w[:, 16:18], w[:, 18:22]
     inner = torch.sigmoid(torch.einsum("pi,sih->sph", torch.eye(4, dtype=torch.float64), first) + bias[:, None])
     expected = torch.sigmoid(torch.einsum("sph,sho->spo", inner, second) + out_bias[:, None])
-    assert torch.allclose(encoder.outputs(w, n, hidden), expected, rtol=1e-14)  # another order of summation
+    assert torch.allclose(encoder.outputs(w, n, hidden), expected, rtol=1e-14)  # einsum sums in another order
 
 
-def test_variants_benchmark_runs():
+def test_variants_benchmark_ranks_the_rules():
     output = run(ROOT, "-m", "benchmarks.variants", "--starts", "2", "--only", "ellipsoid,rotated")
     rows = [line.split("|")[3:7] for line in output.splitlines() if "axes" in line]
     medians = [[float(re.search(r"\d+", cell)[0]) for cell in row] for row in rows]
     assert len(medians) == 2
-    assert min(medians[0]) == medians[0][1]  # parallel axes: rprop- is the fastest
-    assert max(medians[1][2:]) < min(medians[1][:2])  # turned: both improved rules are
+    assert min(medians[0]) == medians[0][1]  # axes parallel to the parameters: rprop- is fastest
+    assert max(medians[1][2:]) < min(medians[1][:2])  # rotated axes: both improved rules are faster
     assert "no problem foo; there are digits" in run(ROOT, "-m", "benchmarks.variants", "--only", "foo", fails=True)
 
 
-def test_budget_benchmark_runs():
+def test_budget_benchmark_prints_low_losses():
     output = run(ROOT, "-m", "benchmarks.budget", "--seconds", "0.1", "--starts", "1", "--only", "ellipsoid")
     _, *cells = re.search(r"^\| (ellipsoid.*) \|$", output, flags=re.MULTILINE)[1].split(" | ")
     assert len(cells) == 4
@@ -89,7 +90,7 @@ def test_budget_benchmark_runs():
     assert "at least 1, got 0" in run(ROOT, "-m", "benchmarks.budget", "--starts", "0", fails=True)
 
 
-def test_step_benchmark_prints_and_writes_its_table(tmp_path):
+def test_step_benchmark_prints_and_saves_table(tmp_path):
     file = tmp_path / "step.json"
     output = run(ROOT, "-m", "benchmarks.step", "--seconds", "0.1", "--only", "small,memory", "--json", str(file))
     figures = json.loads(file.read_text())
@@ -113,7 +114,7 @@ def test_step_benchmark_counts_the_right_bytes(monkeypatch):
     assert bytes_moved(CASES["bfloat16"]) == 7 * 2 * 25_557_032
 
 
-def test_precision_benchmark_shows_what_bfloat16_costs_and_what_helps(tmp_path):
+def test_precision_benchmark_shows_cost_of_bf16(tmp_path):
     file = tmp_path / "precision.json"
     command = ("-m", "benchmarks.precision", "--starts", "1", "--only", "digits,moves", "--json", str(file))
     output = run(ROOT, *command)
@@ -124,13 +125,13 @@ def test_precision_benchmark_shows_what_bfloat16_costs_and_what_helps(tmp_path):
     in_bfloat16 = {"bf16-true", "master weights alone"}
     assert all((loss > 1e-5) == (way in in_bfloat16) for way, loss in losses.items()), losses  # 1e-4 against 1e-9
     assert [(row["lr"], row["in_turn"]) for row in moves[:2]] == [(1e-2, 0), (1e-3, 8)]
-    assert all(abs(row["in_turn"] - row["predicted"]) <= 1 for row in moves)  # the step sizes round, too
+    assert all(abs(row["in_turn"] - row["predicted"]) <= 1 for row in moves)  # the step sizes are rounded too
     assert moves[0]["first"] == 0 < moves[-1]["first"]
     assert "at least 1, got 0" in run(ROOT, "-m", "benchmarks.precision", "--starts", "0", fails=True)
 
 
-def test_remedies_of_the_precision_benchmark_add_as_they_should(monkeypatch):
-    """Moves below half a unit of the weight's last place, which are exact in float32."""
+def test_precision_remedies_add_as_expected(monkeypatch):
+    """With updates below half a bfloat16 ulp of the parameter that are exact in float32."""
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks.precision import KAHAN, MASTER, STEP_SIZES
 
@@ -147,10 +148,10 @@ def test_remedies_of_the_precision_benchmark_add_as_they_should(monkeypatch):
     assert torch.equal(weights[KAHAN].double() + memories[KAHAN].double(), exact[-1])
     assert torch.equal(memories[MASTER].double(), exact[-1])
     assert torch.equal(weights[MASTER], exact[-1].bfloat16())
-    assert torch.equal(weights[STEP_SIZES], torch.ones_like(weights[STEP_SIZES]))  # nothing but rounding
+    assert torch.equal(weights[STEP_SIZES], torch.ones_like(weights[STEP_SIZES]))  # every update rounds away
 
 
-def test_traffic_benchmark_counts_what_is_predicted(tmp_path):
+def test_traffic_benchmark_matches_predictions(tmp_path):
     file = tmp_path / "traffic.json"
     options = ("--worlds", "2", "--steps", "4", "--fits", "1", "--json", str(file))
     output = run(ROOT, "-m", "benchmarks.traffic", *options)
@@ -164,30 +165,31 @@ def test_traffic_benchmark_counts_what_is_predicted(tmp_path):
         assert ours["bytes"] == {"allreduce": size + 16, "broadcast": 8}
         assert peer["calls"] == {"allreduce": buckets, "broadcast": 8}
         assert peer["bytes"] == {"allreduce": size, "broadcast": 64}
-        padded = size + 4 * (65 if net == "small" else 961)  # the last layer, of one row, on two ranks
+        # FSDP2 pads the last layer, which has one row, to one row per rank
+        padded = size + 4 * (65 if net == "small" else 961)
         assert sharded["bytes"]["allgather_base"] == 8 * 2 * padded
         assert sharded["bytes"]["reduce_scatter_base"] == 8 * padded
-        # of two ranks each sends the gradients once; other programs only add to that
+        # each of the two ranks sends the gradients once; other programs can only add to this counter
         assert ours["loopback"] is None or ours["loopback"] > 0.8 * 2 * size
     resnet50 = figures["loads"][1]
     assert resnet50["size"] == 4 * 25_557_032
     assert re.search(r"^\| ResNet-50's.* \| 4 \| 153\.3 \| 1840 \| 123 \|", output, flags=re.MULTILINE)
 
 
-def test_pinn_learns_the_solution_and_leaves_its_picture(tmp_path):
-    program = str(ROOT / "examples" / "pinn.py")
+def test_pinn_learns_solution_and_saves_plot(tmp_path):
+    program = ROOT / "examples" / "pinn.py"
     output = run(
         tmp_path, program, "--seconds", "1.5", "--points", "12", "--micro-batch-size", "72", "--output", "p.png"
     )
     errors = dict(re.findall(r"^(Rprop|LBFGS|Adam, lr 1e-[23])\D.* ([\d.e+-]+)$", output, flags=re.MULTILINE))
     assert set(errors) == {"Rprop", "LBFGS", "Adam, lr 1e-2", "Adam, lr 1e-3"}
-    assert float(errors["Rprop"]) < 0.5  # of the solution's norm; after some milliseconds already, where it has a core
+    assert float(errors["Rprop"]) < 0.5  # relative to the solution's norm; an idle core gets there in milliseconds
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "--seconds must be > 0" in run(tmp_path, program, "--seconds", "0", fails=True)
 
 
-def test_fabric_on_any_number_of_ranks_equals_the_trainer(tmp_path):
-    """To the last bit, as nothing rounds; across a checkpoint too."""
+def test_fabric_example_equals_trainer(tmp_path):
+    """On 1 and 2 ranks and across a checkpoint; bit for bit, because no operation rounds."""
     module = Regression(fabric_ranks.optimizer, net=fabric_ranks.network())
     loader = FullBatchLoader(whole_numbers(fabric_ranks.SAMPLES), fabric_ranks.SIZE, steps_per_epoch=fabric_ranks.STEPS)
     trainer(tmp_path, [FullBatch()], max_epochs=1).fit(module, loader)
@@ -199,5 +201,5 @@ def test_fabric_on_any_number_of_ranks_equals_the_trainer(tmp_path):
             assert all_equal(seen["whole"], module.net.parameters()), (world, rank)
             assert all_equal(seen["resumed"], seen["whole"]), (world, rank)
             assert not all_equal(seen["half"], seen["whole"]), (world, rank)
-            # float64's rounding, where whole numbers and the signs would forgive a wrong weight
+            # on data that round: with whole numbers, signs could hide wrong micro-batch weights
             assert relative_error(seen["gradient"], gradient) < 1e-14, (world, rank)

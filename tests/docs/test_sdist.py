@@ -1,4 +1,4 @@
-"""The sdist holds what a clone holds, so that tests, examples and benchmarks run from it."""
+"""The sdist contains every tracked file, so that tests, examples and benchmarks run from it."""
 
 import shutil
 import subprocess
@@ -9,16 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ADDED = {"PKG-INFO", "setup.cfg"}  # by setuptools, beside the folder *.egg-info
+ADDED = {"PKG-INFO", "setup.cfg"}  # by setuptools, in addition to *.egg-info/
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="compares with git, which an unpacked sdist has not")
-def test_sdist_holds_what_git_does(tmp_path):
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git clone; this is an unpacked sdist")
+def test_sdist_contains_all_tracked_files(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    tracked = {name for name in listed if (ROOT / name).is_file()}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = {name for name in listed.splitlines() if (ROOT / name).is_file()}
     for name in tracked:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
