@@ -114,7 +114,8 @@ def test_with_fewer_validations(override, tmp_path):
     [
         (
             "data=foo",
-            "Could not find 'data/foo'\n\nAvailable options in 'data':\n\tbreast_cancer\n\tdefault\n\tdiabetes\n\tdigits\n",
+            "Could not find 'data/foo'\n\n"
+            "Available options in 'data':\n\tbreast_cancer\n\tdefault\n\tdiabetes\n\tdigits\n",
         ),
         (
             "optimizer=foo",
