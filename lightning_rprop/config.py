@@ -1,7 +1,7 @@
-"""Hydra structured configs: plain dataclasses without torch, because Hydra imports this module whenever an app starts.
+"""Structured configs for Hydra.
 
-Any Hydra app finds the entries of ``CONFIGS`` once the package is installed (``hydra_plugins/lightning_rprop``). Apps
-with their own structured configs can use the dataclasses.
+Every Hydra app can use the entries of ``CONFIGS`` once the package is installed (see ``hydra_plugins``), and the
+dataclasses in its own structured configs. Hydra imports this module whenever an app starts, so it imports no torch.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Optional, Tuple  # noqa: UP035 (OmegaConf 2.3 reads these forms on every Python that we support)
+from typing import Any, Optional, Tuple  # OmegaConf 2.3 reads these forms on all supported versions of Python
 
 from lightning_rprop.monitor._names import DEFAULT
 
-# An Enum, because OmegaConf 2.3 has no Literal: a wrong name is refused at composition, with the list of choices.
+# An Enum, because OmegaConf 2.3 has no Literal. An invalid name is an error at composition that lists the choices.
 Variant = Enum(
     "Variant", {"irprop-": "irprop-", "irprop+": "irprop+", "rprop-": "rprop-", "rprop+": "rprop+"}, type=str
 )
@@ -21,57 +21,57 @@ Variant = Enum(
 
 @dataclass
 class RpropConf:
-    """Config of :class:`lightning_rprop.Rprop`: the same names and defaults, without ``params``.
+    """Config of :class:`lightning_rprop.Rprop`, with the same names and defaults, without ``params``.
 
-    ``_convert_`` keeps OmegaConf containers out of the optimizer; its checkpoints would not load otherwise.
+    ``_convert_`` turns OmegaConf containers into plain ones, so that checkpoints load with ``weights_only=True``.
     """
 
     _target_: str = "lightning_rprop.Rprop"
     _partial_: bool = True
     _convert_: str = "all"
     lr: float = 1e-2
-    etas: Tuple[float, float] = (0.5, 1.2)  # noqa: UP006
-    step_sizes: Tuple[float, float] = (1e-6, 50)  # noqa: UP006
+    etas: Tuple[float, float] = (0.5, 1.2)
+    step_sizes: Tuple[float, float] = (1e-6, 50)
     variant: Variant = Variant["irprop-"]
     weight_decay: float = 0.0
     max_iter: int = 1
     maximize: bool = False
-    foreach: Optional[bool] = None  # noqa: UP045
-    fused: Optional[bool] = None  # noqa: UP045
+    foreach: Optional[bool] = None
+    fused: Optional[bool] = None
     capturable: bool = False
     differentiable: bool = False
 
 
 @dataclass
 class StepSizeMonitorConf:
-    """Config of :class:`lightning_rprop.StepSizeMonitor`: the same names and defaults."""
+    """Config of :class:`lightning_rprop.StepSizeMonitor`, with the same names and defaults."""
 
     _target_: str = "lightning_rprop.StepSizeMonitor"
     _convert_: str = "all"
-    logging_interval: Optional[str] = None  # noqa: UP045
-    every_n_steps: Optional[int] = None  # noqa: UP045
-    statistics: Tuple[str, ...] = DEFAULT  # noqa: UP006
+    logging_interval: Optional[str] = None
+    every_n_steps: Optional[int] = None
+    statistics: Tuple[str, ...] = DEFAULT
     per_parameter: Any = False
     per_group: bool = False
     histogram: bool = False
-    prog_bar: Tuple[str, ...] = ()  # noqa: UP006
-    silence: Tuple[str, ...] = ()  # noqa: UP006
+    prog_bar: Tuple[str, ...] = ()
+    silence: Tuple[str, ...] = ()
 
 
 @dataclass
 class FullBatchConf:
-    """Config of :class:`lightning_rprop.FullBatch`: the same names and defaults."""
+    """Config of :class:`lightning_rprop.FullBatch`, with the same names and defaults."""
 
     _target_: str = "lightning_rprop.FullBatch"
     _convert_: str = "all"
     reduction: str = "mean"
     weight: Any = None
-    log_as: Optional[str] = None  # noqa: UP045
+    log_as: Optional[str] = None
     prog_bar: bool = False
     take_over: bool = False
 
 
-# Group and name to content. Each callback has its own key, so that an app can list several.
+# Group and name -> content. Each callback has its own key, so that an app can use several.
 CONFIGS: Mapping[str, Any] = {
     "optimizer/rprop": RpropConf,
     "optimizer/rprop_plus": RpropConf(variant=Variant["rprop+"]),

@@ -1,8 +1,8 @@
-"""DDP in Hydra jobs where Lightning starts the ranks: one folder and one config per job, and no job ends another.
+"""DDP in Hydra jobs: each job has one folder and one config on all ranks, and a failed job does not end the sweep.
 
-``running.py`` finds the job, ``rank.py`` starts its other ranks with exactly its config, ``children.py`` waits for them
-and ends them, ``ddp.py`` is the context manager, and ``_hydra.py`` holds the private names of Hydra.
+``ddp.py`` is the context manager. ``rank.py`` starts the other ranks with the job's config, using the command line from
+``command.py``; ``children.py`` waits for them and ends them.
 """
 
-# In the environment of a rank: the file descriptor from which our Hydra plugin reads the job's config.
+# Environment variable of a launched rank: the file descriptor from which the Hydra plugin reads the job's config.
 RANK_FILE = "LIGHTNING_RPROP_RANK_FILE"

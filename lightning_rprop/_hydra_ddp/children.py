@@ -1,4 +1,4 @@
-"""The processes of a job's other ranks, seen from its first: wait for them, report failures, leave none behind."""
+"""Waits for the processes of a job's other ranks, reports their failures and ends them."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ from lightning_rprop._hydra_ddp.rank import Child
 
 _log = logging.getLogger(__name__)
 
-_POLL = 0.05  # seconds
-_TO_END = 5.0  # seconds for a rank that has lost the others to end by itself
-_TO_NOTICE = 10  # seconds for this process to notice that a rank has ended
+# In seconds.
+_POLL = 0.05
+_EXIT_TIME = 5.0  # for a rank to end by itself after it has lost the others
+_LOSS_TIME = 10  # for this process to notice by itself that a rank has ended
 
 
 class RankFailedError(RuntimeError):
-    """Another rank of the job has failed; the message names it."""
+    """Another rank of the job, named in the message, has failed."""
 
 
 def wait(children: Sequence[Child]) -> None:
     """Wait until all ranks have ended.
 
     Raises:
-        RankFailedError: If one has failed.
+        RankFailedError: If a rank has failed.
     """
-    connected_until = time.monotonic() + _TO_NOTICE
+    connected_until = time.monotonic() + _LOSS_TIME
     while any(child.process.poll() is None for child in children):
         check(children)
         if time.monotonic() > connected_until:
-            leave_process_group()  # a rank that waits for this one in a collective gets an error by that
+            leave_process_group()  # raises an error in ranks that wait for this one in a collective
         time.sleep(_POLL)
     check(children)
 
 
 def check(children: Sequence[Child], early: bool = False) -> None:
-    """Raise an error if a rank has failed, or, if ``early``, if it ended before its job was done.
+    """Raise an error if a rank has failed, or, with ``early``, if it has ended before its job was done.
 
     Raises:
-        RankFailedError: Naming the ranks and how they ended.
+        RankFailedError: With the failed ranks and how they ended.
     """
     failed = [
         f"rank {child.rank} {_end(child.process.returncode)}"
@@ -56,28 +57,28 @@ def check(children: Sequence[Child], early: bool = False) -> None:
     ]
     if failed:
         message = f"This job failed because {' and '.join(failed)}. See the output of that rank above."
-        _log.error(message)  # now, because at the end of a sweep Hydra reports only the first failed job
+        _log.error(message)  # because Hydra only reports the first failed job of a sweep, at its end
         raise RankFailedError(message)
 
 
 def _end(code: int) -> str:
     if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"exited with code {code}"
 
 
-def some_end(children: Sequence[Child]) -> None:
-    """Wait a few seconds for a rank to end."""
+def wait_for_any(children: Sequence[Child]) -> None:
+    """Wait a few seconds for any rank to end."""
     _wait_for(any, children)
 
 
-def stop(children: Sequence[Child], at_once: bool) -> None:
-    """End all ranks; if not at once, give them time to notice that this process has left the group."""
+def stop(children: Sequence[Child], immediately: bool) -> None:
+    """End all ranks, unless ``immediately`` after a few seconds in which they can end by themselves."""
     try:
-        if not at_once:
+        if not immediately:
             leave_process_group()
             _wait_for(all, children)
-    finally:  # a second Ctrl-C too
+    finally:  # also after a second Ctrl-C
         for child in children:
             child.process.kill()
         for child in children:
@@ -85,25 +86,25 @@ def stop(children: Sequence[Child], at_once: bool) -> None:
 
 
 def _wait_for(how_many: Callable[[Iterable[bool]], bool], children: Sequence[Child]) -> None:
-    until = time.monotonic() + _TO_END
+    until = time.monotonic() + _EXIT_TIME
     while time.monotonic() < until and not how_many(child.process.poll() is not None for child in children):
         time.sleep(_POLL)
 
 
 def leave_process_group() -> None:
-    """End torch's process group in this process, if there is one."""
+    """Destroy this process's torch process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    # destroy_process_group does this too. After a failed init_process_group the next group would get another name here
-    # than on its other ranks, and wait for them forever (torch 2.13).
+    # Without this, after a failed init_process_group the next group's name would differ from the other ranks', and
+    # the group would wait for them forever (torch 2.13).
     distributed_c10d._world.group_count = 0
 
 
 class Watch(threading.Thread):
-    """Frees this process from waiting for a rank that has ended, so that it can report the rank.
+    """Interrupts this process's waits for a rank that has ended, so that the process can report the rank.
 
-    Torch waits half an hour for a rank that does not come to a process group, and NCCL does not notice a lost rank in a
-    collective; gloo does. Lightning's own observer would kill this process, and with it the sweep.
+    Torch waits half an hour for a rank that does not join a process group. In a collective, gloo notices a lost rank,
+    but NCCL does not. Lightning's observer would kill this process, and the sweep with it.
     """
 
     def __init__(self, children: Sequence[Child]) -> None:
@@ -112,13 +113,13 @@ class Watch(threading.Thread):
         self._over = threading.Event()
 
     def run(self) -> None:
-        """Wait for a rank to be lost, then break what this process may be waiting for."""
-        port, lost_for = int(os.environ["MASTER_PORT"]), 0
+        """Wait until a rank is lost, then interrupt what this process may be waiting for."""
+        port, seconds_lost = int(os.environ["MASTER_PORT"]), 0
         while not self._over.wait(1.0):
-            if lost_for or any(child.lost for child in self._children):
-                lost_for += 1
-                _disconnect_from_store(port)  # each second, because this process may connect later
-            if lost_for == _TO_NOTICE and dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
+            if seconds_lost or any(child.lost for child in self._children):
+                seconds_lost += 1
+                _disconnect_from_store(port)  # every second, because this process may connect later
+            if seconds_lost == _LOSS_TIME and dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
                 distributed_c10d._abort_process_group()
 
     def end(self) -> None:
@@ -127,12 +128,12 @@ class Watch(threading.Thread):
 
 
 def _disconnect_from_store(port: int) -> None:
-    """Shut down this process's connections to torch's store: a C++ call that waits on one raises an error.
+    """Shut down this process's connections to torch's store, so that C++ calls waiting for it raise an error.
 
-    A process group's ranks exchange their addresses through this store. Torch has no call that interrupts the wait.
+    The ranks of a process group exchange their addresses through this store. Torch has no call to interrupt the wait.
     """
     for descriptor in map(int, os.listdir("/dev/fd")):
-        with suppress(OSError):  # closed meanwhile, or not connected
+        with suppress(OSError):  # closed since listed, or not connected
             if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 with socket.socket(fileno=os.dup(descriptor)) as connection:
                     if connection.family != socket.AF_UNIX and connection.getpeername()[1] == port:

@@ -114,7 +114,8 @@ def test_fewer_validations_are_allowed(override, tmp_path):
     [
         (
             "data=foo",
-            "Could not find 'data/foo'\n\nAvailable options in 'data':\n\tbreast_cancer\n\tdiabetes\n\tdigits\n",
+            "Could not find 'data/foo'\n\n"
+            "Available options in 'data':\n\tbreast_cancer\n\tdefault\n\tdiabetes\n\tdigits\n",
         ),
         (
             "optimizer=foo",

@@ -1,4 +1,4 @@
-"""Dataclass, signature and docstring say the same."""
+"""The config dataclasses match the signatures and docstrings of their classes."""
 
 import inspect
 import re
@@ -28,7 +28,7 @@ def plain(value):
 
 
 @PAIRS
-def test_names_order_and_defaults(cls, conf):
+def test_config_matches_the_signature(cls, conf):
     options = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(conf)}
     own = {name: plain(value) for name, value in options.items() if not name.startswith("_")}
     assert list(own.items()) == list(signature(cls).items())
@@ -44,11 +44,11 @@ def test_docstring_names_each_argument(cls, conf):
     assert [name for name in documented if name != "params"] == list(signature(cls))
 
 
-def test_variants():
+def test_variant_names_agree():
     assert [v.value for v in Variant] == [v.name for v in Variant] == list(get_args(VariantName)) == list(AT_FLIP)
 
 
-def test_every_config_is_of_a_public_class():
+def test_configs_and_exports_are_complete():
     optimizers = {"rprop", "rprop_plus", "rprop_minus", "irprop_plus", "irprop_minus"}
     assert set(CONFIGS) == {f"optimizer/{name}" for name in optimizers} | {
         f"callbacks/{name}" for name in ("step_size_monitor", "full_batch")

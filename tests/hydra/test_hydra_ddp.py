@@ -1,4 +1,4 @@
-"""``hydra_ddp``: command lines as a person types them, with real ranks (gloo), sweepers and launchers."""
+"""``hydra_ddp`` on real command lines, with gloo ranks, sweepers and launchers."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import programs
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = "pack/app.py"
 
 APP = """
 import atexit, json, logging, os, signal, sys, time, warnings
@@ -69,7 +71,7 @@ def main(cfg):
         torch.save(rank, f"{node.runtime.output_dir}/rank{trainer.global_rank}.pt")
     after = dict(os.environ), list(sys.argv), torch.get_num_threads(), os.getcwd()
     if trainer.is_global_zero and (before != after or torch.distributed.is_initialized()):
-        raise ValueError(f"not as it was: {before} {after}")
+        raise ValueError(f"the process was not restored: {before} {after}")
     if cfg.fail == f"late-{trainer.global_rank}":
         atexit.register(os.abort)
     print("AFTER", trainer.global_rank, flush=True)
@@ -95,7 +97,7 @@ TRIALS = "fails: [raise-all, never-0]\n"
 
 @pytest.fixture
 def run(tmp_path):
-    """Write the app and return a function that starts a command line of it."""
+    """Write the app and return a function that runs Python with a command line."""
     conf = tmp_path / "pack" / "conf"
     conf.mkdir(parents=True)
     (tmp_path / "pack" / "__init__.py").touch()
@@ -107,17 +109,11 @@ def run(tmp_path):
         (tmp_path / folder / "group").mkdir(parents=True)
         (tmp_path / folder / "group" / f"{folder}.yaml").write_text("value: ${now:%f}\n")
 
-    def call(*arguments, start=("pack/app.py",), fails=False):
-        command = [sys.executable, *start, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-        assert (done.returncode != 0) == fails, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    return call
+    return partial(programs.run, tmp_path, streams="both", timeout=200)
 
 
 def ranks(folder):
-    """What each rank of a job saw, after all of them were compared."""
+    """Return what each rank of a job saved, after checking that all ranks agree."""
     found = [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
     for rank in found[1:]:
         assert torch.equal(rank["weight"], found[0]["weight"])
@@ -127,14 +123,14 @@ def ranks(folder):
 
 
 def folders(path):
-    """The jobs' folders, and nothing that only a sweep started again would have made."""
+    """Return the names in a folder: those of the jobs, and of anything a repeated sweep would add."""
     return {child.name for child in path.iterdir()}
 
 
-def test_each_job_of_a_sweep_has_one_folder_and_one_config_on_all_ranks(run, tmp_path):
+def test_ranks_share_folder_and_config(run, tmp_path):
     text = """it\\'s = a, "b c" {x} [y] #1 ${lr} \u00e4"""
     output = run(
-        "-cn", "other", "--config-dir", "more", "-m", "hydra.searchpath=[file://path]", "+group@one=more",
+        PROGRAM, "-cn", "other", "--config-dir", "more", "-m", "hydra.searchpath=[file://path]", "+group@one=more",
         "+group@two=path", "devices=2,1", f"text='{text}'", "hydra.job.chdir=true",
         "hydra.sweep.dir=all/${now:%f}", "+hydra.job.env_set.OF_THE_JOB=1", "lr=0.25",
     )  # fmt: skip
@@ -155,22 +151,22 @@ def test_each_job_of_a_sweep_has_one_folder_and_one_config_on_all_ranks(run, tmp
     }  # fmt: skip
 
 
-def test_a_failed_job_says_which_rank_and_ends_no_other(run, tmp_path):
-    output = run("-m", "fail=early-1,exit-0,kill-1,late-1", "hydra.sweep.dir=sweep", fails=True)
+def test_failed_job_names_rank_and_ends_no_other(run, tmp_path):
+    output = run(PROGRAM, "-m", "fail=early-1,exit-0,kill-1,late-1", "hydra.sweep.dir=sweep", fails=True)
     assert folders(tmp_path / "sweep") == {"0", "1", "2", "3", "multirun.yaml"}
     assert output.count("AFTER") == 2
     assert len(ranks(tmp_path / "sweep" / "3")) == 2
     assert "ValueError: planned" in output
-    assert "rank 1 ended with exit code 1" in output
-    assert "rank 1 was ended by SIGKILL" in output
-    assert "SIGABRT" not in output  # the job was done before: torch may do so, where a process group is left
-    assert "Error executing job with overrides: ['fail=early-1']" in output  # Hydra tells of the first
+    assert "rank 1 exited with code 1" in output
+    assert "rank 1 was killed by SIGKILL" in output
+    assert "SIGABRT" not in output  # late-1 aborts after its job is done, as torch may
+    assert "Error executing job with overrides: ['fail=early-1']" in output  # Hydra reports the first
 
 
-def test_optuna_gives_all_ranks_its_values_and_goes_on_after_a_failed_trial(run, tmp_path):
+def test_optuna_continues_after_a_failed_trial(run, tmp_path):
     output = run(
-        "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", "lr=interval(0.01,0.1)",
-        "hydra.sweeper.max_failure_rate=1", "hydra.sweep.dir=sweep", "-cn", "trials",
+        PROGRAM, "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1",
+        "hydra.sweeper.max_failure_rate=1", "lr=interval(0.01,0.1)", "hydra.sweep.dir=sweep", "-cn", "trials",
     )  # fmt: skip
     jobs = [ranks(tmp_path / "sweep" / str(number)) for number in range(2)]
     assert [len(job) for job in jobs] == [0, 2]
@@ -179,9 +175,9 @@ def test_optuna_gives_all_ranks_its_values_and_goes_on_after_a_failed_trial(run,
     assert folders(tmp_path / "sweep") == {"0", "1", "optimization_results.yaml"}
 
 
-def test_a_single_run_started_by_m_and_what_comes_behind_the_block(run, tmp_path):
-    output = run("lr=0.5", "hydra.run.dir='a b/${now:%f}'", start=("-m", "pack.app"))
-    assert re.findall(r"^AFTER (\d)", output, flags=re.MULTILINE) == ["1", "0"]  # the first has waited for the others
+def test_single_run_waits_for_ranks_after_block(run, tmp_path):
+    output = run("-m", "pack.app", "lr=0.5", "hydra.run.dir='a b/${now:%f}'")
+    assert re.findall(r"^AFTER (\d)", output, flags=re.MULTILINE) == ["1", "0"]  # rank 0 waits for the others
     (folder,) = (tmp_path / "a b").iterdir()
     assert len(ranks(folder)) == 2
     assert str(folder) in ranks(folder)[1]["seen"]
@@ -189,18 +185,18 @@ def test_a_single_run_started_by_m_and_what_comes_behind_the_block(run, tmp_path
 
 @pytest.mark.parametrize(
     ("launcher", "start"),
-    [("joblib", ("-m", "pack.app")), ("submitit_local", ("pack/app.py",))],
+    [("joblib", ["-m", "pack.app"]), ("submitit_local", ["pack/app.py"])],
 )
-def test_from_the_process_of_a_launcher(launcher, start, run, tmp_path):
-    run("-m", f"hydra/launcher={launcher}", "lr=0.5", "hydra.sweep.dir=sweep", start=start)
+def test_launcher_process_starts_the_ranks(launcher, start, run, tmp_path):
+    run(*start, "-m", f"hydra/launcher={launcher}", "lr=0.5", "hydra.sweep.dir=sweep")
     assert len(ranks(tmp_path / "sweep" / "0")) == 2
     assert not (tmp_path / "multirun").exists()
 
 
-def test_a_sweep_in_each_process_is_an_error(run, tmp_path):
-    start = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "pack/app.py")
-    error = run("-m", "lr=0.1,0.2", "hydra.sweep.dir=sweep", start=start, fails=True)
-    assert "Each of 2 processes runs its own sweep here" in error
+def test_sweep_in_each_process_is_an_error(run, tmp_path):
+    start = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", PROGRAM]
+    error = run(*start, "-m", "lr=0.1,0.2", "hydra.sweep.dir=sweep", fails=True)
+    assert "Each of 2 processes runs its own sweep" in error
     assert not list(tmp_path.glob("sweep/*/rank*.pt"))
 
 
@@ -213,10 +209,10 @@ def is_there(process):
 
 
 @pytest.mark.parametrize("way", ["ctrl-c", "kill"])
-def test_the_end_of_the_sweep_leaves_nothing(way, run, tmp_path):
-    temporary = tmp_path / "${oc.env:HOME} = 'a'"  # is a path, whatever Hydra would make of it
+def test_ended_sweep_leaves_nothing_behind(way, run, tmp_path):
+    temporary = tmp_path / "${oc.env:HOME} = 'a'"  # has characters that Hydra's grammar would interpret
     temporary.mkdir()
-    command = [sys.executable, "pack/app.py", "-m", "fail=sleep-all", "lr=0.1,0.2", "hydra.sweep.dir=sweep"]
+    command = [sys.executable, PROGRAM, "-m", "fail=sleep-all", "lr=0.1,0.2", "hydra.sweep.dir=sweep"]
     environment = {**os.environ, "TMPDIR": str(temporary)}
     with subprocess.Popen(
         command,
@@ -230,29 +226,29 @@ def test_the_end_of_the_sweep_leaves_nothing(way, run, tmp_path):
         try:
             until = time.monotonic() + 100
             while len(processes) < 2:
-                assert time.monotonic() < until, "the ranks did not begin"
+                assert time.monotonic() < until, "the ranks did not start"
                 time.sleep(0.1)
                 processes = {int(path.stem) for path in tmp_path.glob("*.sleeping")}
             if way == "ctrl-c":
-                os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does, to all of the job
+                os.killpg(sweep.pid, signal.SIGINT)  # to all processes, as a terminal does
             else:
                 sweep.kill()
             assert sweep.wait(timeout=30) != 0
             (rank_1,) = processes - {sweep.pid}
             until = time.monotonic() + 20
             while is_there(rank_1):
-                assert time.monotonic() < until, "rank 1 is left"
+                assert time.monotonic() < until, "rank 1 is still running"
                 time.sleep(0.1)
         finally:
             for process in filter(is_there, processes | {sweep.pid} if sweep.poll() is None else processes):
                 os.kill(process, signal.SIGKILL)
     assert folders(tmp_path / "sweep") == {"0", "multirun.yaml"}
     left = [path for path in temporary.rglob("*") if path.is_file() and b"sleep-all" in path.read_bytes()]
-    assert not left  # no file with the job's config; torch leaves files without it
+    assert not left  # only torch may leave files, which do not contain the job's config
 
 
-def test_the_jobs_for_slurm(tmp_path):
-    """The launcher's config with the app's, and the script that would be given to sbatch."""
+def test_slurm_script_requests_the_ranks(tmp_path):
+    """Check the script that the launcher would pass to sbatch."""
     code = f"""
 import submitit
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rprop in apps that are laid out like lightning-hydra-template: the optimizer is a section of the model's config."""
+"""Rprop in apps like lightning-hydra-template, where the optimizer is a section of the model's config."""
 
 import re
 
@@ -103,7 +103,7 @@ def composed(app, *overrides):
         ["experiment=rprop"],
     ],
 )
-def test_optimizer_replaces_the_models_section(overrides, app):
+def test_optimizer_replaces_the_model_section(overrides, app):
     options = composed(app, *overrides).model.optimizer
     assert options == {**composed(app, "+optimizer=rprop").optimizer, "lr": options.lr}
     assert options.lr == (0.03 if "experiment=rprop" in overrides else 0.01)
@@ -111,7 +111,7 @@ def test_optimizer_replaces_the_models_section(overrides, app):
     assert given == {**options, "lr": 0.5}
 
 
-def test_each_variant_replaces_the_models_section(app):
+def test_variants_replace_the_model_section(app):
     for name in ("rprop_plus", "rprop_minus", "irprop_plus", "irprop_minus"):
         options = composed(app, f"+optimizer@model.optimizer={name}").model.optimizer
         assert options == composed(app, f"+optimizer={name}").optimizer
@@ -125,19 +125,19 @@ def test_each_variant_replaces_the_models_section(app):
         ("~model.optimizer.betas", "'model.optimizer.betas' does not exist"),
     ],
 )
-def test_models_section_is_typed(override, message, app):
+def test_model_section_is_typed(override, message, app):
     error = run(app, "train.py", "--cfg", "job", "+optimizer@model.optimizer=rprop", override, fails=True)
     assert message in error
 
 
-def test_app_trains_with_rprop_and_keeps_its_callbacks(app):
+def test_app_trains_and_keeps_its_callbacks(app):
     overrides = ["experiment=tuned", "+optimizer@model.optimizer=rprop", "callbacks=[default,full_batch]"]
     output = run(app, "train.py", *overrides, "model.optimizer.lr=0.05")
     assert output.splitlines()[-1] == "Rprop 0.05 ModelCheckpoint FullBatch"
     assert list(composed(app, "callbacks=full_batch").callbacks) == ["full_batch"]  # as the README warns
 
 
-def test_typed_section_takes_the_entry(tmp_path):
+def test_typed_section_accepts_the_config(tmp_path):
     (tmp_path / "app.py").write_text("""
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,7 +166,7 @@ main()
     assert (config.optimizer.variant, config.other.variant, config.other.lr) == ("irprop-", "irprop+", 0.01)
 
 
-def test_glob_sweep_can_leave_our_entries_out(app):
+def test_glob_sweep_can_exclude_our_configs(app):
     for group, pattern, left in (
         ("optimizer", "glob(*,exclude=*rprop*)", ["adam", "sgd"]),
         ("callbacks", "glob(*,exclude=[full_batch,step_size_monitor])", ["default"]),

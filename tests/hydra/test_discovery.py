@@ -1,12 +1,12 @@
-"""Discovery by Hydra, in an app that never imports this package: real command lines, in processes of their own."""
+"""Hydra finds the configs in apps that never import this package, on real command lines."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from importlib.metadata import entry_points
 
 import pytest
 from hydra.plugins.plugin import Plugin
+from programs import run as run_python
 
 APP = """
 import json, sys
@@ -41,7 +41,7 @@ main()
 
 @pytest.fixture
 def app(tmp_path):
-    """Write an app and return a function that runs its command line."""
+    """Return a function that writes an app and returns a function that runs it with arguments."""
 
     def write(store="", config=True, files=()):
         conf = tmp_path / "conf"
@@ -56,13 +56,7 @@ def app(tmp_path):
         path, name = ("conf", "config") if config else (None, None)
         (tmp_path / "app.py").write_text(APP.format(store=store, config_path=path, config_name=name))
 
-        def call(*arguments, fails=False):
-            command = [sys.executable, "app.py", *arguments]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-            assert (done.returncode != 0) == fails, done.stdout + done.stderr
-            return done.stdout + done.stderr if fails or "--" in arguments[0] else done.stdout
-
-        return call
+        return partial(run_python, tmp_path, "app.py", timeout=120)
 
     return write
 
@@ -71,11 +65,11 @@ def last_json(output):
     return json.loads(output.strip().splitlines()[-1])
 
 
-def test_optimizer_is_found_typed_and_plain(app):
+def test_optimizer_config_is_typed_and_plain(app):
     run = app()
     seen = last_json(run("optimizer=rprop", "optimizer.lr=0.05", "optimizer.etas=[0.5,1.3]", "optimizer.maximize=true"))
     assert seen["class"] == "lightning_rprop.Rprop"
-    assert seen["early"] == []  # nothing of torch before the job
+    assert seen["early"] == []  # no torch before the job
     group = seen["group"]
     assert (group["lr"], group["etas"], group["step_sizes"]) == (0.05, [0.5, 1.3], [1e-6, 50.0])
     assert group["maximize"] is True
@@ -85,36 +79,34 @@ def test_optimizer_is_found_typed_and_plain(app):
     assert group["types"]["params"] == "list"
 
 
-def test_callback_is_found(app):
-    overrides = ("callbacks.step_size_monitor.every_n_steps=3", "callbacks.full_batch.log_as=train/loss")
-    overrides += (
+def test_callback_configs_take_overrides(app):
+    overrides = [
+        "callbacks.full_batch.log_as=train/loss",
+        "callbacks.step_size_monitor.every_n_steps=3",
         "callbacks.step_size_monitor.statistics=[median,q10]",
         "callbacks.step_size_monitor.silence=[no_logger]",
-    )
-    overrides += ("callbacks.step_size_monitor.per_parameter=[net.*]",)
+        "callbacks.step_size_monitor.per_parameter=[net.*]",
+    ]
     seen = last_json(app()("optimizer=rprop", "+callbacks=[step_size_monitor,full_batch]", *overrides))
     full_batch = seen["callbacks"]["FullBatch"]
     assert (full_batch["reduction"], full_batch["weight"], full_batch["log_as"]) == ("mean", None, "train/loss")
     monitor = seen["callbacks"]["StepSizeMonitor"]
-    assert (monitor["every_n_steps"], monitor["statistics"], monitor["per_parameter"]) == (
-        3,
-        ["median", "q10"],
-        ["net.*"],
-    )
+    seen = monitor["every_n_steps"], monitor["statistics"], monitor["per_parameter"]
+    assert seen == (3, ["median", "q10"], ["net.*"])
 
 
-def test_app_without_config_files(app):
+def test_app_without_config_files_finds_rprop(app):
     run = app(config=False)
     assert last_json(run("+optimizer=rprop"))["class"] == "lightning_rprop.Rprop"
 
 
-def test_under_another_package(app):
+def test_optimizer_composes_into_a_package(app):
     run = app(files={"model/net.yaml": "defaults:\n  - /optimizer@optimizer: rprop\n"})
     output = run("--cfg", "job", "+model=net", "model.optimizer.lr=0.5")
     assert "lr: 0.5" in output
 
 
-def test_sweep(app):
+def test_sweep_over_optimizers_and_rates(app):
     output = app()("-m", "optimizer=rprop,adam", "optimizer.lr=0.05,0.1")
     seen = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert [(s["class"].split(".")[-1], s["group"]["lr"]) for s in seen] == [
@@ -122,7 +114,7 @@ def test_sweep(app):
     ]  # fmt: skip
 
 
-def test_each_variant_has_a_config_and_can_be_swept(app):
+def test_each_variant_can_be_swept(app):
     run = app()
     names = "optimizer=rprop_minus,rprop_plus,irprop_minus,irprop_plus"
     variants = "optimizer.variant=rprop-,rprop+,irprop-,irprop+"
@@ -133,7 +125,7 @@ def test_each_variant_has_a_config_and_can_be_swept(app):
         assert {s["group"]["types"]["variant"] for s in seen} == {"str"}
 
 
-def test_help_lists_it(app):
+def test_help_lists_the_configs(app):
     output = app()("--help")
     assert "optimizer: adam, irprop_minus, irprop_plus, rprop, rprop_minus, rprop_plus" in output
     assert "callbacks: full_batch, step_size_monitor" in output
@@ -159,7 +151,7 @@ def test_bad_override_fails_at_composition(app, override, message):
     assert "Traceback" not in output
 
 
-def test_unknown_name_gets_the_list_of_choices(app):
+def test_unknown_name_error_lists_the_choices(app):
     output = app()("optimizer=foo", fails=True)
     assert "Could not find 'optimizer/foo'" in output
     assert [line.strip() for line in output.splitlines() if line.startswith("\t")][:6] == [
@@ -180,7 +172,7 @@ def test_bad_value_fails_in_the_optimizer(app, override, message):
     assert message in app()("optimizer=rprop", override, fails=True)
 
 
-def test_the_apps_own_file_wins(app):
+def test_own_file_takes_precedence(app):
     own = "_target_: torch.optim.Rprop\n_partial_: true\nlr: 0.7\nforeach: false\n"
     run = app(files={"optimizer/rprop.yaml": own})
     seen = last_json(run("optimizer=rprop", "+callbacks=step_size_monitor"))
@@ -190,7 +182,7 @@ def test_the_apps_own_file_wins(app):
 
 
 @pytest.mark.parametrize("config", [True, False], ids=["with files", "without files"])
-def test_the_apps_own_store_entry_wins_and_hides_no_other(app, config):
+def test_own_store_entry_takes_precedence(app, config):
     own = {"_target_": "torch.optim.Rprop", "_partial_": True, "lr": 0.7}
     run = app(store=f"ConfigStore.instance().store(group='optimizer', name='rprop', node={own})", config=config)
     seen = last_json(run("optimizer=rprop" if config else "+optimizer=rprop", "+callbacks=step_size_monitor"))
@@ -199,7 +191,7 @@ def test_the_apps_own_store_entry_wins_and_hides_no_other(app, config):
     assert "StepSizeMonitor" in seen["callbacks"]
 
 
-def test_structured_config_of_the_apps_own(app):
+def test_own_structured_config_uses_rprop_conf(app):
     store = """
 from dataclasses import dataclass, field
 from lightning_rprop import RpropConf
@@ -215,17 +207,16 @@ ConfigStore.instance().store(name="config", node=Config)
     assert (seen["group"]["lr"], seen["group"]["maximize"], seen["early"]) == (0.25, True, [])
 
 
-def test_entry_points_for_hydra_1_4():
-    plugins = [
-        e.load() for e in entry_points(group="hydra.plugins") if e.value.startswith("hydra_plugins.lightning_rprop")
-    ]
+def test_entry_points_load_the_plugins():
+    module = "hydra_plugins.lightning_rprop.config_source"
+    plugins = [e.load() for e in entry_points(group="hydra.plugins") if e.module == module]
     assert sorted(p.__name__ for p in plugins) == ["LightningRpropConfigSource", "LightningRpropSearchPath"]
     assert all(issubclass(p, Plugin) for p in plugins)
 
 
-def test_importing_the_package_imports_no_torch():
+def test_importing_the_package_imports_no_torch(tmp_path):
     code = (
         "import sys, lightning_rprop, lightning_rprop.config; lightning_rprop.RpropConf; dir(lightning_rprop);"
         "assert not {'torch', 'lightning', 'numpy', 'hydra'} & set(sys.modules), sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    run_python(tmp_path, "-c", code, timeout=60)
