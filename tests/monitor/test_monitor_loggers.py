@@ -64,7 +64,8 @@ def test_tensorboard_histograms_are_right(tmp_path):
 OFFLINE_RUN = """
 import json, sys
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
-from lit import Batches, Net, Recorder, trainer
+from lit import Batches, Net, Recorder
+from lit import trainer as make_trainer
 from lightning_rprop import Rprop, StepSizeMonitor
 
 folder = sys.argv[1]
@@ -72,11 +73,11 @@ wandb = WandbLogger(save_dir=folder, offline=True, project="p")
 mlflow = MLFlowLogger("e", tracking_uri=f"file:{folder}/mlflow")
 log = Recorder()
 monitor = StepSizeMonitor(per_parameter=True, histogram=True, every_n_steps=2)
-fit = trainer(folder, [monitor], logger=[wandb, mlflow, log], max_epochs=1)
+trainer = make_trainer(folder, [monitor], logger=[wandb, mlflow, log], max_epochs=1)
 calls = []
 original = wandb.experiment.log
 wandb.experiment.log = lambda *args, **kwargs: calls.append((args, kwargs)) or original(*args, **kwargs)
-fit.fit(Net(lambda module: Rprop(module.parameters())), Batches(5))
+trainer.fit(Net(lambda module: Rprop(module.parameters())), Batches(5))
 summary = dict(wandb.experiment.summary)
 histogram = summary["step_size/net.0.weight/log10"]
 mlflows = {

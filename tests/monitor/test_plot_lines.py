@@ -138,7 +138,7 @@ def test_run_without_loss_has_no_loss_panel():
     assert [ax.get_ylabel() for ax in axes] == ["step size"]
 
 
-def test_eight_losses_with_shortest_names_are_drawn():
+def test_eight_shortest_loss_names_are_drawn():
     more = {f"train/part_{i:02d}_loss": ([9], [1.0]) for i in range(24)} | {"val_loss": ([9], [1.0])}
     fig, (ax, _) = plot_series(make_series(["a"], **more))
     assert legend(ax) == ["loss", *(f"train/part_{i:02d}_loss" for i in range(6)), "val_loss"]
