@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 if missing := [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]:
     sys.exit(f"{Path(__file__).name} needs {', '.join(missing)}: pip install 'lightning-rprop[examples]'")
 
-# Hydra 1.4 wants to know what a config may instantiate, and deprecates version_base, which Hydra 1.3 wants.
+# Hydra 1.4 takes a list of what a config may instantiate, and deprecates version_base, which Hydra 1.3 needs.
 ALLOWED = ["lightning.*", "lightning_rprop.*", "tabular.*", "torch.optim.*"]
 OPTIONS: dict[str, Any] = (
     {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {"execution_whitelist": ALLOWED}
@@ -29,8 +29,8 @@ OPTIONS: dict[str, Any] = (
 
 @hydra.main(config_path="../conf", config_name="train", **OPTIONS)
 def main(cfg: DictConfig) -> float:
-    """Train, test, and say where everything is; returns the score on the held-out part, for sweepers."""
-    # here, so that --help and the completion of the command line need not wait for torch
+    """Train, test and print the results; return the validation score, for sweepers."""
+    # imported here to keep --help and shell completion fast
     import lightning.pytorch as pl
     from tabular.report import SCORE, Report
 
@@ -72,7 +72,7 @@ def main(cfg: DictConfig) -> float:
 
 
 def draw(callbacks: list[Any], picture: Path, title: str) -> Path | None:
-    """Draw the step sizes, if some were recorded, and return where."""
+    """Save a plot of the step sizes, if any were recorded, and return its path."""
     from lightning_rprop import StepSizeMonitor
     from lightning_rprop.monitor.plot import save
 

@@ -1,1 +1,1 @@
-"""Data, model and report of the example app ``examples/train.py``."""
+"""Data, model and progress report of the example app ``examples/train.py``."""

@@ -1,4 +1,4 @@
-"""Small real data sets from scikit-learn's wheel (nothing is downloaded), whole, as one batch."""
+"""Small data sets that scikit-learn ships (nothing is downloaded), and a generated one; each is one full batch."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ REGRESSION = {"diabetes": lambda seed: load_diabetes(return_X_y=True)}
 
 
 class TabularData(pl.LightningDataModule):
-    """A data set, split in train, val and test.
+    """A data set split into train, val and test.
 
-    The split is seeded, and stratified by class; inputs (and a regression's target) are standardised with the mean and
-    deviation of the training part alone.
+    The split is seeded and stratified by class. Inputs and regression targets are standardized with the mean and
+    standard deviation of the training split.
 
     Args:
         dataset: ``"digits"``, ``"breast_cancer"``, ``"spirals"`` (classification) or ``"diabetes"`` (regression).
-        val_size: Share of the set held out to choose the checkpoint.
-        test_size: Share of the set held out for the final figure.
+        val_size: Fraction of the samples held out to choose the checkpoint.
+        test_size: Fraction of the samples held out for the final score.
         seed: Seed of the split.
-        steps_per_epoch: Full-batch steps between two validations.
-        micro_batch_size: Samples on a device at once; ``None`` takes all.
+        steps_per_epoch: Full-batch steps per epoch.
+        micro_batch_size: Samples per forward pass; ``None`` takes all.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class TabularData(pl.LightningDataModule):
         self.micro_batch_size = micro_batch_size
 
     def train_dataloader(self) -> FullBatchLoader:
-        """Give the training part, as a batch for each step of an epoch."""
+        """Return the loader of the training split, which yields all of it at each step."""
         return FullBatchLoader(self.splits["train"], self.micro_batch_size, self.steps_per_epoch)
 
     def val_dataloader(self) -> FullBatchLoader:
-        """Give the part that chooses the checkpoint, whole on every rank."""
+        """Return the loader of the validation split, all of it on every rank."""
         return FullBatchLoader(self.splits["val"])
 
     def test_dataloader(self) -> FullBatchLoader:
-        """Give the part that nothing was chosen by, whole on every rank."""
+        """Return the loader of the test split, all of it on every rank."""
         return FullBatchLoader(self.splits["test"])

@@ -1,4 +1,4 @@
-"""Fits under several strategies on one, two and three ranks, which save what they saw; for test_monitor_ranks.py."""
+"""Fit under several strategies on one, two and three ranks, and save the records for test_monitor_ranks.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import forks
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lit import Batches, Net, Recorder, trainer
+from lit import Batches, Net, Recorder
+from lit import trainer as make_trainer
 from on_cpu import FSDPOnCPU
 from torch.distributed._composable.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
@@ -20,15 +21,15 @@ from lightning_rprop import Rprop, StepSizeMonitor
 
 WORLDS = (1, 2, 3)
 STEPS = 6
-WIDTHS = (3, 7, 1)  # of which no rank has as much as another
+WIDTHS = (3, 7, 1)  # uneven shards on two and three ranks
 ALL = ("mean", "min", "max", "median", "q10", "std_log10", "at_lower_bound", "at_upper_bound", "lower_bound")
 ALL += ("upper_bound", "sign_changed", "zero_gradient", "nonfinite_gradient")
 
 
 class Wide(Net):
-    """A network, spread as its strategy says; in float64, where that has it, whose rounding leaves no sign in doubt."""
+    """A network that ``shard`` distributes. Float64, where supported, keeps rounding from flipping gradient signs."""
 
-    def __init__(self, make, spread=None, dtype=torch.float64):
+    def __init__(self, make, shard=None, dtype=torch.float64):
         super().__init__(make)
         layers = torch.nn.Linear(WIDTHS[0], WIDTHS[1]), torch.nn.Tanh(), torch.nn.Linear(WIDTHS[1], WIDTHS[2])
         torch.manual_seed(0)
@@ -36,7 +37,7 @@ class Wide(Net):
         for layer in layers[::2]:
             torch.nn.init.normal_(layer.weight)
         self.net.to(dtype)
-        self.spread = spread
+        self.shard = shard
         self.inputs = dtype
 
     def training_step(self, batch, batch_idx):
@@ -44,29 +45,29 @@ class Wide(Net):
         return (self.net(batch) - batch.sum(dim=1, keepdim=True)).square().mean()
 
     def configure_model(self):
-        if self.spread is not None:
-            self.spread(self.net, self.device_mesh)
+        if self.shard is not None:
+            self.shard(self.net, self.device_mesh)
 
 
-def fully(net, mesh):
+def shard_fully(net, mesh):
     fully_shard(net[0], mesh=mesh["data_parallel"])
     fully_shard(net, mesh=mesh["data_parallel"])
 
 
-def columns(net, mesh):
-    """Share out the first layer by its outputs; the second one is on every rank, as plain tensors."""
+def shard_columns(net, mesh):
+    """Shard the first layer by its outputs; every rank holds the second one as plain tensors."""
     parallelize_module(net[0], mesh["tensor_parallel"], ColwiseParallel(output_layouts=Replicate()))
 
 
-def columns_and_rows(net, mesh):
-    """Share out the second layer too, by its inputs; its bias is on every rank, as a DTensor."""
+def shard_columns_and_rows(net, mesh):
+    """Shard the second layer too, by its inputs; every rank holds its bias as a DTensor."""
     plan = {"0": ColwiseParallel(use_local_output=False), "2": RowwiseParallel()}
     parallelize_module(net, mesh["tensor_parallel"], plan)
 
 
 @contextmanager
-def counted(calls):
-    """Count the gatherings."""
+def record_gathers(calls):
+    """Append the number of elements of each all_gather to ``calls``."""
     original = dist.all_gather
 
     def gather(*args, **kwargs):
@@ -77,42 +78,44 @@ def counted(calls):
         yield
 
 
-def plain(params):
+def make_plain(params):
     return Rprop(params, lr=0.1, step_sizes=(1e-3, 0.15), foreach=False, fused=False)
 
 
-def zero(params):
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # here, as it warns where it is imported
+def make_zero(params):
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # imported here, because the import warns
 
     return ZeroRedundancyOptimizer(
         params, optimizer_class=Rprop, lr=0.1, etas=(0.5, 1.2), step_sizes=(1e-3, 0.15), foreach=False, fused=False
     )
 
 
-def fit(strategy, make=plain, spread=None, dtype=torch.float64):
+def fit(strategy, make=make_plain, shard=None, dtype=torch.float64):
     log, calls = Recorder(), []
     monitor = StepSizeMonitor(statistics=ALL, per_parameter=True, every_n_steps=2, histogram=True)
     devices = int(os.environ["WORLD_SIZE"])
-    fitter = trainer(".", [monitor], logger=log, devices=devices, strategy=strategy, max_steps=STEPS, max_epochs=-1)
-    module = Wide(lambda m: make(m.parameters()), spread, dtype)
-    with counted(calls):
-        fitter.fit(module, Batches(STEPS))
-    metrics = {k: v.item() for k, v in fitter.callback_metrics.items() if k.startswith("step_size")}
+    trainer = make_trainer(
+        ".", [monitor], logger=log, devices=devices, strategy=strategy, max_steps=STEPS, max_epochs=-1
+    )
+    module = Wide(lambda m: make(m.parameters()), shard, dtype)
+    with record_gathers(calls):
+        trainer.fit(module, Batches(STEPS))
+    metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("step_size")}
     return {"records": log.records(), "metrics": metrics, "gathered": calls, "plot": monitor._history.series()}
 
 
 def fits(rank, world):
-    """Fit under all strategies that the number of ranks has."""
+    """Fit under every strategy that supports this number of ranks."""
     seen = {"ddp": fit(DDPStrategy())}
     if world == 1:
-        seen["fsdp"] = fit(DDPStrategy(), dtype=torch.float32)  # what there is to compare with
+        seen["fsdp"] = fit(DDPStrategy(), dtype=torch.float32)  # the reference for FSDP
     else:
-        seen["zero"] = fit(DDPStrategy(), zero)
+        seen["zero"] = fit(DDPStrategy(), make_zero)
         seen["fsdp"] = fit(FSDPOnCPU(), dtype=torch.float32)
-        seen["fsdp2"] = fit(ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), spread=fully)
-        for way, spread in (("columns", columns), ("columns and rows", columns_and_rows)):
+        seen["fsdp2"] = fit(ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), shard=shard_fully)
+        for way, shard in (("columns", shard_columns), ("columns and rows", shard_columns_and_rows)):
             strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=world)
-            seen[way] = fit(strategy, spread=spread)
+            seen[way] = fit(strategy, shard=shard)
     torch.save(seen, f"{world}-{rank}.pt")
 
 

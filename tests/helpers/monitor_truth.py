@@ -1,4 +1,4 @@
-"""The statistics of step sizes and gradients in plain Python, from the optimizer's own state: the monitor's twin."""
+"""The monitor's statistics in plain Python, computed from the optimizer's state, to compare its records with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRADIENT = DEFAULT[-3:]
 
 
 def numbers(tensor):
-    """All real numbers of a tensor."""
+    """Return all numbers of a tensor; a complex one counts as two."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     return real.double().flatten().tolist()
 
@@ -34,14 +34,14 @@ def sign(x):
 
 
 def quantile(values, share):
-    """The quantile, on the line between the two elements that are next to it."""
+    """Return a quantile, interpolated linearly between the two nearest elements."""
     ordered, place = sorted(values), share * (len(values) - 1)
     low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
     return low + (high - low) * (place % 1)
 
 
 def of_step_sizes(values, bounds, names):
-    rounded = torch.tensor(bounds, dtype=torch.float32).tolist()  # as the step sizes are
+    rounded = torch.tensor(bounds, dtype=torch.float32).tolist()  # like the step sizes
     functions = {
         "mean": lambda: math.fsum(values) / len(values),
         "min": lambda: min(values),
@@ -67,12 +67,12 @@ def of_gradients(grads, signed, prevs, names):
 
 
 class Truth(pl.Callback):
-    """Keeps, by Lightning's own count of steps, what an Rprop's state and gradients are around each step."""
+    """Keep the step sizes after, and the gradients before, each optimizer step that Lightning counts."""
 
     def __init__(self):
-        self.before = {}  # name: gradient, the same with decay and sign, previous gradient
-        self.after = {}  # step: name: step sizes
-        self.gradients = {}
+        self.before = {}  # {name: [gradient, the same with maximize and weight decay, previous gradient]}
+        self.after = {}  # {step: {name: step sizes}}
+        self.gradients = {}  # {step: before}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         names = {id(p): name for name, p in pl_module.named_parameters()}
@@ -95,7 +95,7 @@ class Truth(pl.Callback):
             self.after[step], self.gradients[step], self.before = sizes, self.before, {}
 
     def expected(self, step, names=DEFAULT, bounds=(1e-6, 50.0), parameters=(), groups=()):
-        """Key and value of everything that a record of the step holds, in the order of the scopes."""
+        """Return the record that the monitor should log at a step, with the keys in order."""
         sizes, gradients = self.after[step], self.gradients[step]
         scopes = {"": list(sizes), **dict(groups), **{name: [name] for name in parameters}}
         result = {}

@@ -1,4 +1,4 @@
-"""The arguments of StepSizeMonitor: a refusal names the argument, the value and the remedy."""
+"""StepSizeMonitor's arguments: errors name the argument, the value and the remedy."""
 
 import numpy as np
 import pytest
@@ -54,19 +54,19 @@ from lightning_rprop import StepSizeMonitor
     ],
     ids=str,
 )
-def test_bad_argument_is_named_with_the_remedy(options, message):
+def test_error_names_bad_argument_and_remedy(options, message):
     with pytest.raises(ValueError, match=message):
         StepSizeMonitor(**options)
 
 
-def test_numpy_values_are_taken_as_pythons():
+def test_numpy_values_become_python_values():
     monitor = StepSizeMonitor(every_n_steps=np.int64(5), per_parameter=np.True_, per_group=np.False_)
     assert (type(monitor.every_n_steps), monitor.every_n_steps) == (int, 5)
     assert monitor.per_parameter is True
     assert monitor.per_group is False
 
 
-def test_iterators_are_read_once():
+def test_iterators_are_read_only_once():
     names = ["mean", "q10"]
     monitor = StepSizeMonitor(
         statistics=iter(names), per_parameter=iter(["a*", "b*"]), prog_bar=iter(names), silence=iter(["no_logger"])

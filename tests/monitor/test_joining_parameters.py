@@ -1,11 +1,12 @@
-"""StepSizeMonitor and parameters that join in mid-run, or get their shape there."""
+"""StepSizeMonitor with parameters that join the optimizer, or get their shape, during a run."""
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BackboneFinetuning
-from lit import Batches, Net, Recorder, trainer
+from lit import Batches, Net, Recorder
+from lit import trainer as make_trainer
 from monitor_truth import DEFAULT, Truth
 
 from lightning_rprop import Rprop, StepSizeMonitor
@@ -15,7 +16,7 @@ HEAD, BACKBONE = ("net.weight", "net.bias"), ("backbone.weight", "backbone.bias"
 
 
 class Staged(Net):
-    """A backbone and a head; the optimizer gets what is trainable at the start."""
+    """A backbone and a head; the optimizer gets the parameters that are trainable at the start."""
 
     def __init__(self):
         super().__init__(lambda m: Rprop([p for p in m.parameters() if p.requires_grad], lr=0.1))
@@ -26,7 +27,7 @@ class Staged(Net):
 
 
 class Joining(pl.Callback):
-    """Freezes the backbone, and adds its parameters before the third step."""
+    """Freeze the backbone, and add its parameters to the optimizer before the third step."""
 
     def setup(self, trainer, pl_module, stage):
         pl_module.backbone.requires_grad_(False)
@@ -38,24 +39,24 @@ class Joining(pl.Callback):
 
 
 def fit(tmp_path, module, callbacks, batches=5, epochs=1, **options):
-    """What was logged, and what is true."""
+    """Return the records, and the truth to compare them with."""
     log, truth = Recorder(), Truth()
     monitor = StepSizeMonitor(every_n_steps=1, silence=TOPICS, **options)
-    trainer(tmp_path, [*callbacks, truth, monitor], logger=log, max_epochs=epochs).fit(module, Batches(batches))
+    make_trainer(tmp_path, [*callbacks, truth, monitor], logger=log, max_epochs=epochs).fit(module, Batches(batches))
     return log.records(), truth
 
 
 @pytest.mark.parametrize(
-    ("chosen", "shown"),
+    ("chosen", "logged"),
     [(True, (*HEAD, *BACKBONE)), ("backbone.*", BACKBONE), (["*.bias"], ("net.bias", "backbone.bias"))],
     ids=str,
 )
-def test_joining_parameters_are_shown_from_then_on(chosen, shown, tmp_path):
+def test_parameters_are_logged_once_they_join(chosen, logged, tmp_path):
     records, truth = fit(tmp_path, Staged(), [Joining()], per_parameter=chosen, per_group=True)
     assert [step for step, _ in records] == [*range(5)]
     for step, metrics in records:
         late = step >= 2
-        names = [name for name in shown if late or name in HEAD]
+        names = [name for name in logged if late or name in HEAD]
         groups = {"group0": HEAD, **({"late": BACKBONE} if late else {})}
         right = truth.expected(step, parameters=names, groups=groups)
         assert list(metrics) == list(right)
@@ -63,17 +64,17 @@ def test_joining_parameters_are_shown_from_then_on(chosen, shown, tmp_path):
 
 
 @pytest.mark.parametrize("chosen", [True, "backbone.*"], ids=str)
-def test_finetuned_backbone_is_shown(chosen, tmp_path):
+def test_unfrozen_backbone_is_logged(chosen, tmp_path):
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)
     records, truth = fit(tmp_path, Staged(), [finetuning], 2, 2, per_parameter=chosen, statistics=["mean"])
-    shown = [{name for name in BACKBONE if f"step_size/{name}/mean" in metrics} for _, metrics in records]
-    assert shown == [set(), set(), {*BACKBONE}, {*BACKBONE}]
+    logged = [{name for name in BACKBONE if f"step_size/{name}/mean" in metrics} for _, metrics in records]
+    assert logged == [set(), set(), {*BACKBONE}, {*BACKBONE}]
     for name in BACKBONE:
         mean = truth.after[3][name].mean(dtype=torch.float64).item()
         assert records[3][1][f"step_size/{name}/mean"] == pytest.approx(mean, rel=1e-12)
 
 
-def test_module_that_grows_is_shown_by_name(tmp_path):
+def test_new_layer_is_logged_by_name(tmp_path):
     class Growing(Net):
         def on_train_batch_start(self, batch, batch_idx):
             if batch_idx == 1:
@@ -85,15 +86,15 @@ def test_module_that_grows_is_shown_by_name(tmp_path):
     assert ["step_size/net.3.bias/max" in metrics for _, metrics in records] == [False, True, True]
 
 
-def test_pattern_that_fits_no_parameter_is_refused(tmp_path):
+def test_unmatched_pattern_error_shortens_names(tmp_path):
     module = Staged()
     module.more = torch.nn.ParameterList(torch.zeros(1) for _ in range(30))
     with pytest.raises(MisconfigurationException, match=r"'head.\*' fits none .*: net.weight, .* and 14 more$"):
         fit(tmp_path, module, [Joining()], per_parameter=["net.*", "head.*"])
 
 
-def test_tensors_outside_the_module_are_shown(tmp_path):
-    """They have no name in the module; a pattern may fit the one they are shown by."""
+def test_tensor_outside_the_module_is_logged(tmp_path):
+    """It has no name in the module, but patterns match the name that it is logged by."""
 
     class Outside(Net):
         def training_step(self, batch, batch_idx):
@@ -103,13 +104,13 @@ def test_tensors_outside_the_module_are_shown(tmp_path):
         return Rprop([{"params": module.parameters()}, {"params": [torch.ones((), requires_grad=True)]}], lr=0.1)
 
     log, monitor = Recorder(), StepSizeMonitor(per_parameter="*group1.0", statistics=["max"], silence=TOPICS)
-    trainer(tmp_path, [monitor], logger=log, max_epochs=1, log_every_n_steps=1).fit(Outside(make), Batches(1))
+    make_trainer(tmp_path, [monitor], logger=log, max_epochs=1, log_every_n_steps=1).fit(Outside(make), Batches(1))
     assert log.records()[0][1].keys() == {"step_size/max", "step_size/optimizer0.group1.0/max"}
 
 
 @pytest.mark.parametrize("chosen", [True, "net.*"], ids=str)
 def test_lazy_parameters_are_measured(chosen, tmp_path):
-    """Also where some are never used, and stay without a shape."""
+    """Even if some are never used, and never get a shape."""
 
     class Lazy(Net):
         def __init__(self):
@@ -118,9 +119,9 @@ def test_lazy_parameters_are_measured(chosen, tmp_path):
             self.net, self.unused = torch.nn.Sequential(*layers), torch.nn.LazyLinear(2)
 
     names = (*DEFAULT, "median", "std_log10")
-    truth_of_used = [f"net.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")]
+    used_names = [f"net.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")]
 
-    class TruthOfUsed(Truth):
+    class UsedTruth(Truth):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             super().on_before_optimizer_step(trainer, pl_module, Used(optimizer))
 
@@ -130,12 +131,12 @@ def test_lazy_parameters_are_measured(chosen, tmp_path):
             self.state = optimizer.state
             self.param_groups = [group | {"params": [p for p in group["params"] if p.grad is not None]}]
 
-    log, truth = Recorder(), TruthOfUsed()
+    log, truth = Recorder(), UsedTruth()
     monitor = StepSizeMonitor(
         every_n_steps=1, silence=TOPICS, statistics=names, per_parameter=chosen, histogram=True, per_group=True
     )
-    trainer(tmp_path, [truth, monitor], logger=log, max_epochs=1).fit(Lazy(), Batches(4))
+    make_trainer(tmp_path, [truth, monitor], logger=log, max_epochs=1).fit(Lazy(), Batches(4))
     assert [step for step, _ in log.records()] == [*range(4)]
     for step, metrics in log.records():
-        right = truth.expected(step, names, parameters=truth_of_used, groups={"group0": truth_of_used})
-        assert metrics == pytest.approx(right, rel=1e-6)  # logarithms are taken in float32
+        right = truth.expected(step, names, parameters=used_names, groups={"group0": used_names})
+        assert metrics == pytest.approx(right, rel=1e-6)  # the monitor takes logarithms in float32

@@ -1,4 +1,4 @@
-"""What StepSizeMonitor warns about: each once, with the remedy, and only with reason."""
+"""StepSizeMonitor's warnings: when each is given, how often, and with which remedy."""
 
 import re
 import warnings
@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lit import Batches, Net, Recorder, trainer
+from lit import Batches, Net, Recorder
+from lit import trainer as make_trainer
 from whole_set import Regression, make_data
 
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop, StepSizeMonitor
@@ -26,70 +27,71 @@ REMEDIES = {
 
 
 class Alternating(Net):
-    """The gradient of some weights turns at every step."""
+    """Flip the sign of every gradient at each step."""
 
     def training_step(self, batch, batch_idx):
         return sum(p.sum() for p in self.net.parameters()) * (-1) ** batch_idx
 
 
 class Rising(Net):
-    """The gradient never changes."""
+    """Compute the same gradient at every step."""
 
     def training_step(self, batch, batch_idx):
         return sum(p.sum() for p in self.net.parameters())
 
 
 class Underflowing(Net):
-    """A loss so small that its gradients are nothing in float16."""
+    """Compute so small a loss that its float16 gradients underflow to zero."""
 
     def training_step(self, batch, batch_idx):
         return (self.net(batch.to(self.net[0].weight.dtype)).float() * 1e-9).mean()
 
 
 class Noisy(Net):
-    """Another sample of pure noise at each step."""
+    """Compute a new random gradient at each step."""
 
     def training_step(self, batch, batch_idx):
         generator = torch.Generator().manual_seed(batch_idx)
         return sum((p * torch.randn(p.shape, generator=generator)).sum() for p in self.net.parameters())
 
 
-def scheduled(module):
+def make_scheduled(module):
     optimizer = Rprop(module.parameters())
     return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3)]
 
 
-def options(lr=0.1, **others):
+def make_rprop(lr=0.1, **others):
     return lambda module: Rprop(module.parameters(), lr=lr, **others)
 
 
 def case(topic):
-    """Module, batches and options of the Trainer that give cause for one advice and no other."""
-    module, batches, how = Net(options()), 3, {"logger": Recorder(), "log_every_n_steps": 1}
+    """Return a module, the number of batches and Trainer options that cause only the warning of a topic."""
+    module, batches, options = Net(make_rprop()), 3, {"logger": Recorder(), "log_every_n_steps": 1}
     if topic == "no_logger":
-        how["logger"] = False
+        options["logger"] = False
     elif topic == "lr_scheduler":
-        module = Net(scheduled)
+        module = Net(make_scheduled)
     elif topic == "gradient_clipping":
-        how["gradient_clip_val"] = 0.5
+        options["gradient_clip_val"] = 0.5
     elif topic == "sign_changes":
-        module, batches = Alternating(options(step_sizes=(1e-30, 1.0))), 15
+        module, batches = Alternating(make_rprop(step_sizes=(1e-30, 1.0))), 15
     elif topic == "lower_bound":
-        module, batches = Alternating(options(step_sizes=(0.1, 1.0))), 15  # there, changes of sign are no noise
+        # sign changes at the lower bound are not noise
+        module, batches = Alternating(make_rprop(step_sizes=(0.1, 1.0))), 15
     elif topic == "upper_bound":
-        module = Rising(options(step_sizes=(1e-3, 0.1)))
+        module = Rising(make_rprop(step_sizes=(1e-3, 0.1)))
     elif topic == "zero_gradients":
-        module = Underflowing(options())
-        how["precision"] = "16-true"
+        module = Underflowing(make_rprop())
+        options["precision"] = "16-true"
     elif topic == "no_rprop":
         module = Net(lambda module: torch.optim.SGD(module.parameters()))
     elif topic == "no_record":
-        how["log_every_n_steps"] = 0
-    return module, batches, how
+        options["log_every_n_steps"] = 0
+    return module, batches, options
 
 
-def said(run):
-    """The advice that a run gives."""
+def warnings_of(run):
+    """Return the monitor's warnings during a run."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run()
@@ -97,12 +99,13 @@ def said(run):
 
 
 def fit(tmp_path, topic, silence=()):
-    module, batches, how = case(topic)
-    return said(lambda: trainer(tmp_path, [StepSizeMonitor(silence=silence)], **how).fit(module, Batches(batches)))
+    module, batches, options = case(topic)
+    trainer = make_trainer(tmp_path, [StepSizeMonitor(silence=silence)], **options)
+    return warnings_of(lambda: trainer.fit(module, Batches(batches)))
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_each_is_said_once_with_its_remedy_and_can_be_silenced(topic, tmp_path):
+def test_warning_is_given_once_with_its_remedy(topic, tmp_path):
     (message,) = fit(tmp_path, topic)
     assert re.search(REMEDIES[topic], message)
     assert f"silence=['{topic}'] turns it off" in message
@@ -114,76 +117,76 @@ def test_every_topic_has_a_remedy():
 
 
 @pytest.mark.parametrize("log_every_n_steps", [1, 10])
-def test_pure_noise_is_noticed(log_every_n_steps, tmp_path):
+def test_noisy_gradient_is_warned_about(log_every_n_steps, tmp_path):
     monitor = StepSizeMonitor(silence=["no_logger"])
-    fitter = trainer(tmp_path, [monitor], log_every_n_steps=log_every_n_steps, max_epochs=1)
-    (message,) = said(lambda: fitter.fit(Noisy(options(step_sizes=(1e-30, 50))), Batches(260)))
+    trainer = make_trainer(tmp_path, [monitor], log_every_n_steps=log_every_n_steps, max_epochs=1)
+    (message,) = warnings_of(lambda: trainer.fit(Noisy(make_rprop(step_sizes=(1e-30, 50))), Batches(260)))
     assert "signs changed" in message
 
 
 @pytest.mark.parametrize(
     ("variant", "log_every_n_steps"), [("irprop-", 10), ("irprop-", 1), ("irprop+", 1), ("rprop-", 1)]
 )
-def test_a_whole_data_set_gives_no_cause(variant, log_every_n_steps, tmp_path):
+def test_full_batch_run_is_not_warned_about(variant, log_every_n_steps, tmp_path):
     callbacks = [FullBatch(), StepSizeMonitor(silence=["no_logger"])]
-    fitter = trainer(tmp_path, callbacks, log_every_n_steps=log_every_n_steps, max_epochs=1)
+    trainer = make_trainer(tmp_path, callbacks, log_every_n_steps=log_every_n_steps, max_epochs=1)
     module = Regression(lambda params: Rprop(params, variant=variant))
-    assert said(lambda: fitter.fit(module, FullBatchLoader(make_data(200), steps_per_epoch=220))) == []
+    assert warnings_of(lambda: trainer.fit(module, FullBatchLoader(make_data(200), steps_per_epoch=220))) == []
 
 
-def test_noise_that_ends_gives_no_cause(tmp_path):
-    """It must be found in records over a long time, however often there is one."""
+def test_brief_noise_is_not_warned_about(tmp_path):
+    """Noise must last for many steps, even if every step is recorded."""
 
     class Calming(Noisy):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx if batch_idx < 40 else 0)
 
     monitor = StepSizeMonitor(silence=["no_logger", "upper_bound"])
-    fitter = trainer(tmp_path, [monitor], log_every_n_steps=1, max_epochs=1)
-    assert said(lambda: fitter.fit(Calming(options(step_sizes=(1e-30, 50))), Batches(260))) == []
+    trainer = make_trainer(tmp_path, [monitor], log_every_n_steps=1, max_epochs=1)
+    assert warnings_of(lambda: trainer.fit(Calming(make_rprop(step_sizes=(1e-30, 50))), Batches(260))) == []
 
 
-def test_mixed_precision_counts_all_gradients_as_half(tmp_path):
+def test_mixed_precision_checks_all_gradients(tmp_path):
     class Mixed(Underflowing):
         def training_step(self, batch, batch_idx):
             return (self.net(batch) * 1e-9).mean()
 
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", enabled=False))
-    how = {"logger": Recorder(), "log_every_n_steps": 1, "plugins": precision}
-    (message,) = said(lambda: trainer(tmp_path, [StepSizeMonitor()], **how).fit(Mixed(options()), Batches(3)))
+    trainer = make_trainer(tmp_path, [StepSizeMonitor()], logger=Recorder(), log_every_n_steps=1, plugins=precision)
+    (message,) = warnings_of(lambda: trainer.fit(Mixed(make_rprop()), Batches(3)))
     assert "float16 gradients are exactly zero" in message
 
 
-def test_another_optimizers_scheduler_is_none_of_our_business(tmp_path):
+def test_scheduler_of_sgd_is_not_warned_about(tmp_path):
     def make(module):
         sgd = torch.optim.SGD(module.net[0].parameters())
         return [sgd, Rprop(module.net[2].parameters())], [torch.optim.lr_scheduler.StepLR(sgd, 3)]
 
-    fitter = trainer(tmp_path, [StepSizeMonitor()], logger=Recorder(), log_every_n_steps=1)
-    assert said(lambda: fitter.fit(Net(make, manual=True), Batches(2))) == []
+    trainer = make_trainer(tmp_path, [StepSizeMonitor()], logger=Recorder(), log_every_n_steps=1)
+    assert warnings_of(lambda: trainer.fit(Net(make, manual=True), Batches(2))) == []
 
 
-def test_what_was_said_is_not_said_again_after_a_resume(tmp_path):
+def test_resume_does_not_repeat_a_warning(tmp_path):
     def run(epochs, checkpoint=None):
-        module, batches, how = case("sign_changes")
-        fitter = trainer(tmp_path, [StepSizeMonitor()], max_epochs=epochs, **how)
-        messages = said(lambda: fitter.fit(module, Batches(batches), ckpt_path=checkpoint))
-        fitter.save_checkpoint(tmp_path / "last.ckpt")
+        module, batches, options = case("sign_changes")
+        trainer = make_trainer(tmp_path, [StepSizeMonitor()], max_epochs=epochs, **options)
+        messages = warnings_of(lambda: trainer.fit(module, Batches(batches), ckpt_path=checkpoint))
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
         return messages
 
     assert len(run(1)) == 1
     assert run(2, tmp_path / "last.ckpt") == []
 
 
-def test_several_records_count_across_a_resume(tmp_path):
-    """Three records before, two after: it takes five."""
+def test_noisy_records_count_across_a_resume(tmp_path):
+    """The warning takes five records: three before the resume and two after it."""
 
     def run(epochs, checkpoint=None):
-        _, _, how = case("sign_changes")
-        fitter = trainer(tmp_path, [StepSizeMonitor()], max_epochs=epochs, **how)
-        module = Alternating(options(variant="rprop-"))  # in which every step can be compared with the one before
-        messages = said(lambda: fitter.fit(module, Batches(4), ckpt_path=checkpoint))
-        fitter.save_checkpoint(tmp_path / "last.ckpt")
+        _, _, options = case("sign_changes")
+        trainer = make_trainer(tmp_path, [StepSizeMonitor()], max_epochs=epochs, **options)
+        module = Alternating(make_rprop(variant="rprop-"))  # compares signs at every step
+        messages = warnings_of(lambda: trainer.fit(module, Batches(4), ckpt_path=checkpoint))
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
         return messages
 
     assert run(1) == []

@@ -1,16 +1,17 @@
-"""StepSizeMonitor where the optimizers are replaced during a fit: it follows, and mixes nothing."""
+"""StepSizeMonitor when optimizers are replaced during a fit."""
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lit import Batches, Net, Recorder, trainer
-from monitor_truth import DEFAULT, Truth
+from lit import Batches, Net, Recorder
+from lit import trainer as make_trainer
+from monitor_runs import TakingTurns
+from monitor_truth import GRADIENT, Truth
 
 from lightning_rprop import Rprop, StepSizeMonitor
 from lightning_rprop.monitor._warnings import TOPICS
 
-OLD, NEW = (0.03, 0.2), (0.01, 0.7)  # step_sizes of one Rprop and of the next
-KEYS = [f"step_size/{name}" for name in DEFAULT]
+OLD, NEW = (0.03, 0.2), (0.01, 0.7)  # the step_sizes of the first and the second Rprop
 
 
 def sgd(module):
@@ -25,7 +26,7 @@ def new(module):
     return Rprop(module.parameters(), lr=0.5, step_sizes=NEW, variant="irprop+")
 
 
-def torchs(module):
+def new_torch(module):
     return torch.optim.Rprop(module.parameters(), lr=0.5, step_sizes=NEW)
 
 
@@ -43,7 +44,7 @@ def by_setup(trainer, optimizer):
 
 
 class Switch(pl.Callback):
-    """Replaces the optimizer before a step: ``{step: make}``."""
+    """Replace the optimizer before some steps; ``makes`` maps each step to a function that makes the optimizer."""
 
     def __init__(self, makes, replace=by_trainer):
         self.makes, self.replace = makes, replace
@@ -54,36 +55,37 @@ class Switch(pl.Callback):
 
 
 def fit(tmp_path, first, switch, steps=9, callbacks=(), module=Net, **options):
-    """The monitor, what was logged, and what is true."""
+    """Return the monitor, its records, the truth to compare them with, and the Trainer."""
     log, truth = Recorder(), Truth()
     monitor = StepSizeMonitor(**{"every_n_steps": 1, "silence": TOPICS} | options)
-    fitter = trainer(tmp_path, [switch, truth, *callbacks, monitor], logger=log, max_epochs=1)
-    fitter.fit(module(first), Batches(steps))
-    return monitor, log.records(), truth, fitter
+    trainer = make_trainer(tmp_path, [switch, truth, *callbacks, monitor], logger=log, max_epochs=1)
+    trainer.fit(module(first), Batches(steps))
+    return monitor, log.records(), truth, trainer
 
 
 @pytest.mark.parametrize("replace", [by_trainer, by_strategy, by_setup])
-@pytest.mark.parametrize("second", [new, torchs])
-def test_records_begin_when_an_rprop_comes(replace, second, tmp_path):
-    monitor, records, truth, fitter = fit(tmp_path, sgd, Switch({4: second}, replace))
+@pytest.mark.parametrize("second", [new, new_torch])
+def test_records_begin_with_the_first_rprop(replace, second, tmp_path):
+    monitor, records, truth, trainer = fit(tmp_path, sgd, Switch({4: second}, replace))
     assert [step for step, _ in records] == [4, 5, 6, 7, 8]
     for step, metrics in records:
         assert metrics == pytest.approx(truth.expected(step, bounds=NEW), rel=1e-12)
-    assert fitter.callback_metrics["step_size/max"] == max(s.max() for s in truth.after[8].values())
+    assert trainer.callback_metrics["step_size/max"] == max(s.max() for s in truth.after[8].values())
     assert monitor._history.series()["step_size/mean"][0] == [4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("replace", [by_trainer, by_strategy, by_setup])
-def test_records_end_when_the_rprop_goes(replace, tmp_path):
-    _, records, truth, fitter = fit(tmp_path, old, Switch({4: sgd}, replace))
+def test_records_end_with_the_last_rprop(replace, tmp_path):
+    _, records, truth, trainer = fit(tmp_path, old, Switch({4: sgd}, replace))
     assert [step for step, _ in records] == [0, 1, 2, 3]
     for step, metrics in records:
         assert metrics == pytest.approx(truth.expected(step, bounds=OLD), rel=1e-12)
-    assert fitter.callback_metrics["step_size/mean"].item() == pytest.approx(records[-1][1]["step_size/mean"], rel=1e-6)
+    last_mean = records[-1][1]["step_size/mean"]
+    assert trainer.callback_metrics["step_size/mean"].item() == pytest.approx(last_mean, rel=1e-6)
 
 
 @pytest.mark.parametrize("replace", [by_trainer, by_strategy, by_setup])
-def test_records_are_of_the_rprop_in_force(replace, tmp_path):
+def test_records_follow_the_current_rprop(replace, tmp_path):
     _, records, truth, _ = fit(tmp_path, old, Switch({3: new, 5: sgd, 7: old}, replace), per_parameter=True)
     assert [step for step, _ in records] == [0, 1, 2, 3, 4, 7, 8]
     for step, metrics in records:
@@ -93,8 +95,8 @@ def test_records_are_of_the_rprop_in_force(replace, tmp_path):
 
 
 @pytest.mark.parametrize("first", [sgd, old])
-def test_reused_identity_of_a_group_is_noticed(first, tmp_path):
-    """As when an optimizer was freed: the new one's group is at the same address, with as many parameters."""
+def test_reused_group_object_is_noticed(first, tmp_path):
+    """A new group may get the address of a freed one, with the same number of parameters."""
 
     def with_the_same_group(module):
         optimizer, group = new(module), module.trainer.optimizers[0].param_groups[0]
@@ -109,7 +111,7 @@ def test_reused_identity_of_a_group_is_noticed(first, tmp_path):
 
 
 def test_replaced_parameter_is_noticed(tmp_path):
-    """In place in its group, which has as many as before."""
+    """Replace it in place, so that the group keeps its length."""
 
     def exchange(module):
         optimizer = module.trainer.optimizers[0]
@@ -124,8 +126,8 @@ def test_replaced_parameter_is_noticed(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The loaded state brings other options")
-def test_look_at_a_replaced_rprop_is_dropped(tmp_path):
-    """The optimizer is replaced between a step and its record: the gradients seen were not those of the new one."""
+def test_gradients_of_replaced_rprop_are_dropped(tmp_path):
+    """Replace the optimizer between a step and its record, which then has no gradient statistics."""
     stepped = []
 
     class Behind(pl.Callback):
@@ -139,23 +141,16 @@ def test_look_at_a_replaced_rprop_is_dropped(tmp_path):
         return stepped[0]
 
     _, records, _, _ = fit(tmp_path, keep, Switch({}), callbacks=[Behind()], steps=5)
-    gradient = {f"step_size/{name}" for name in DEFAULT[-3:]}
+    gradient = {f"step_size/{name}" for name in GRADIENT}
     assert [step for step, metrics in records if gradient <= metrics.keys()] == [0, 1, 3, 4]
     assert not gradient & dict(records)[2].keys()
 
 
-def test_rprops_that_share_parameters_are_kept_apart(tmp_path):
-    class Turns(Net):
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()[batch_idx % 2]
-            optimizer.zero_grad()
-            self.manual_backward(self.net(batch).square().mean())
-            optimizer.step()
-
+def test_rprops_sharing_parameters_stay_apart(tmp_path):
     log = Recorder()
     monitor = StepSizeMonitor(every_n_steps=1, per_group=True, statistics=["max", "zero_gradient"], silence=TOPICS)
-    module = Turns(lambda m: [Rprop(m.parameters(), lr=0.25), Rprop(m.parameters(), lr=0.5)], manual=True)
-    trainer(tmp_path, [monitor], logger=log, max_epochs=1).fit(module, Batches(2))
+    module = TakingTurns(lambda m: [Rprop(m.parameters(), lr=0.25), Rprop(m.parameters(), lr=0.5)], manual=True)
+    make_trainer(tmp_path, [monitor], logger=log, max_epochs=1).fit(module, Batches(2))
     (_, first), (_, second) = log.records()
     assert first["step_size/optimizer0.group0/max"] == 0.25
     assert second["step_size/optimizer1.group0/max"] == 0.5
@@ -173,7 +168,7 @@ def test_epoch_records_follow_the_optimizer(tmp_path):
 
     log, truth = Recorder(), Truth()
     monitor = StepSizeMonitor("epoch", silence=TOPICS)
-    trainer(tmp_path, [AtEpoch(), truth, monitor], logger=log).fit(Net(sgd), Batches(3))
+    make_trainer(tmp_path, [AtEpoch(), truth, monitor], logger=log).fit(Net(sgd), Batches(3))
     assert [step for step, _ in log.records()] == [2, 8]
     for (step, metrics), bounds in zip(log.records(), (OLD, NEW), strict=True):
         assert metrics == pytest.approx(truth.expected(step, bounds=bounds), rel=1e-12)
@@ -183,19 +178,19 @@ def test_epoch_records_follow_the_optimizer(tmp_path):
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 @pytest.mark.filterwarnings("ignore:`parameters` is an empty generator")
 def test_run_without_an_rprop_is_warned_about(make, tmp_path):
-    """Not an error, because an Rprop may come later. Clipping and schedulers, which Rprop ignores, are no topic."""
+    """It is not an error, because an Rprop may come later. The clipping warning does not apply."""
     log, monitor = Recorder(), StepSizeMonitor()
-    fitter = trainer(tmp_path, [monitor], logger=log, log_every_n_steps=1, gradient_clip_val=0.5)
+    trainer = make_trainer(tmp_path, [monitor], logger=log, log_every_n_steps=1, gradient_clip_val=0.5)
     with pytest.warns(UserWarning, match=r"needs an Rprop optimizer, .*returned: .*Return lightning_rprop"):
-        fitter.fit(Net(make), Batches(2))
-    assert fitter.global_step > 0
+        trainer.fit(Net(make), Batches(2))
+    assert trainer.global_step > 0
     assert log.records() == []
     with pytest.raises(ValueError, match=r"no record to plot: .*no Rprop among the optimizers\. Return lightning_rp"):
         monitor.plot()
 
 
-def test_scheduler_of_a_late_optimizer_is_heard(tmp_path):
-    """Values are fresh at each step from the epoch in which something watches them."""
+def test_late_scheduler_sees_fresh_values(tmp_path):
+    """Values are published at every step once a scheduler monitors them."""
     seen = []
 
     class Late(Net):
@@ -215,6 +210,6 @@ def test_scheduler_of_a_late_optimizer_is_heard(tmp_path):
 
     truth = Truth()
     monitor = StepSizeMonitor(every_n_steps=100, silence=TOPICS)
-    trainer(tmp_path, [truth, monitor], max_epochs=2).fit(Late(sgd), Batches(3))
+    make_trainer(tmp_path, [truth, monitor], max_epochs=2).fit(Late(sgd), Batches(3))
     means = [truth.expected(step, ["mean"], NEW)["step_size/mean"] for step in (3, 4, 5)]
     assert seen == pytest.approx(means, rel=1e-6)
