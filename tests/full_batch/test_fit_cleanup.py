@@ -147,14 +147,17 @@ def test_failed_fit_ends_its_workers(tmp_path):
     class Failing(Regression):
         def training_step(self, batch, batch_idx):
             if len(self.targets) == 6:
+                self.workers = set(children()) - before
                 raise ArithmeticError("failed")
             return super().training_step(batch, batch_idx)
 
     for persistent in (True, False):
         source = DataLoader(TensorDataset(*DATA), batch_size=10, num_workers=1, persistent_workers=persistent)
         before = set(children())
+        module = Failing()
         with pytest.raises(ArithmeticError, match="failed") as error:
-            fit(tmp_path, Failing(), None, source)
+            fit(tmp_path, module, None, source)
+        assert module.workers
         assert set(children()) == before  # although the error still refers to the frames of the fit
         del error
 
