@@ -1,4 +1,4 @@
-"""The private names of Lightning stand in one file, and hold for the releases that are named here."""
+"""Lightning's private names are used in one file only, and hold for the releases named here."""
 
 import importlib
 import inspect
@@ -15,14 +15,14 @@ from whole_set import Regression, make_data
 from lightning_rprop import FullBatch, FullBatchLoader, _lightning
 
 ROOT = Path(__file__).parents[2]
-OLDEST, NEWEST = "2.5.0", "2.6.6"  # .ci/run runs this file and those of both callbacks with the two of them
+OLDEST, NEWEST = "2.5.0", "2.6.6"  # .ci/run tests both callbacks with each of them
 
 
 def number(version):
     return tuple(map(int, version.split(".")[:2]))
 
 
-def test_the_releases_looked_at_are_those_that_are_claimed():
+def test_named_releases_are_those_supported():
     claimed = re.search(r'"lightning>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
     assert number(claimed) == number(OLDEST)
     assert number(OLDEST) <= number(lightning.__version__) <= number(NEWEST), "check _lightning.py against this release"
@@ -30,14 +30,14 @@ def test_the_releases_looked_at_are_those_that_are_claimed():
     assert f"lightning=={NEWEST}" in (ROOT / "constraints.txt").read_text()
 
 
-def test_no_other_file_uses_private_names_of_lightning():
+def test_no_other_file_uses_private_names():
     private = re.compile(r"\b(?:trainer|pl_module|strategy|fit_loop|epoch_loop|module|call)\._[a-z]|\b_results\b")
     for path in (ROOT / "lightning_rprop").rglob("*.py"):
         if path.name != "_lightning.py":
             assert not private.findall(path.read_text()), path
 
 
-def test_what_is_used_is_there_and_does_what_is_relied_on(tmp_path):
+def test_private_names_behave_as_expected(tmp_path):
     class Module(Regression):
         seen = ()
 
@@ -57,7 +57,7 @@ def test_what_is_used_is_there_and_does_what_is_relied_on(tmp_path):
             assert callable(metric.meta.sync._fn)
             assert metric.meta.sync.should is False
             assert metric.meta.sync.no_op(3, reduce_op="mean") == 3
-            mean = float(metric.value / metric.cumulated_batch_size)  # float32's rounding
+            mean = float(metric.value / metric.cumulated_batch_size)  # float32 rounding
             assert mean == pytest.approx(float(metric._forward_cache), rel=1e-6)
             assert _lightning.logged_step(self.trainer) == batch_idx
 

@@ -1,4 +1,4 @@
-"""Lightning's strategies, in real processes (gloo): each gives the weights of one process, to the last bit."""
+"""Every Lightning strategy gives the parameters of one process bit for bit, in real processes (gloo)."""
 
 import deepspeed_ranks
 import pytest
@@ -24,8 +24,8 @@ from whole_set import Regression, exact, make_data, whole_numbers
 from lightning_rprop import Rprop
 
 
-def by_hand(net, data, options, autocast=None):
-    """Parameters after as many steps of a loop in one process, tensor by tensor, without micro-batches."""
+def plain_loop(net, data, options, autocast=None):
+    """Return the parameters after a plain loop in one process, without micro-batches, foreach or fused."""
     groups = [
         {"params": list(tower.parameters()), "variant": variant}
         for tower, variant in zip(net.towers, VARIANTS, strict=True)
@@ -36,18 +36,19 @@ def by_hand(net, data, options, autocast=None):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
             loss = net(*data)
-        loss.backward()  # of the sum, in which nothing rounds
+        loss.backward()  # the loss is a sum, in which nothing rounds
         optimizer.step(loss=loss)
         seen.append({f"net.{name}": param.detach().clone() for name, param in net.named_parameters()})
-    assert not all_equal(seen[-1], seen[-2])  # it moves to the end
+    assert not all_equal(seen[-1], seen[-2])  # it still moves
     ends = {variant: seen[-1][f"net.towers.{i}.0.weight"] for i, variant in enumerate(VARIANTS)}
-    assert len({tuple(end.flatten().tolist()) for end in ends.values()}) >= 3  # the rules go ways of their own
+    assert len({tuple(end.flatten().tolist()) for end in ends.values()}) >= 3  # the variants differ
     return seen[-1]
 
 
 @pytest.fixture(scope="module")
-def alone():
-    return by_hand(Towers(), whole_numbers(SAMPLES), OPTIONS)
+def single():
+    """Return the parameters that one process ends with."""
+    return plain_loop(Towers(), whole_numbers(SAMPLES), OPTIONS)
 
 
 def all_equal(params, others):
@@ -58,40 +59,40 @@ def load(folder, stage, world):
     return [torch.load(folder / f"{stage}-{world}-{rank}.pt") for rank in range(world)]
 
 
-def test_ranks_equal_one_process_and_go_on_anywhere(alone, tmp_path):
+def test_ranks_equal_one_process_and_resume(single, tmp_path):
     run(tmp_path, HELPERS / "strategy_ranks.py", timeout=500)
     for world in WORLDS:
         for seen in load(tmp_path, "fit", world):
             assert tuple(seen) == STRATEGIES
             for name, found in seen.items():
-                assert all_equal(found["params"], alone), (name, world)
-                assert found["collectives"] == 0, name  # in a step of the optimizer
-                assert any(found["moved"]), name  # that step was one
+                assert all_equal(found["params"], single), (name, world)
+                assert found["collectives"] == 0, name  # in one optimizer step
+                assert any(found["moved"]), name  # that step did move something
                 assert all(param == state for param, state in found["placements"]), name
             assert seen["fsdp2"]["placements"] == {("(Shard(dim=0),)",) * 2}
-            assert {("None", "None"), ("(Shard(dim=0),)",) * 2} == seen["columns"]["placements"]  # mixed, in one group
+            assert seen["columns"]["placements"] == {("None", "None"), ("(Shard(dim=0),)",) * 2}  # mixed in one group
         for seen in load(tmp_path, "resume", world):
             assert len(seen) == 2 * len(CHECKPOINTS)
             for checkpoint, found in seen.items():
                 assert found["from"] == SAVED_AT, (checkpoint, world)
-                assert all_equal(found["params"], alone), (checkpoint, world)
+                assert all_equal(found["params"], single), (checkpoint, world)
     dtypes = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
     autocasts = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     for precision in PRECISIONS["ddp"]:
         dtype = dtypes.get(precision, torch.float32)
         data = [values.to(dtype) for values in small_numbers(SAMPLES)]
-        expected = by_hand(Rows().to(dtype), data, ROWS_OPTIONS, autocasts.get(precision))
+        expected = plain_loop(Rows().to(dtype), data, ROWS_OPTIONS, autocasts.get(precision))
         for seen in load(tmp_path, "precise", 2):
             for name, params in seen.items():
                 if name.endswith(f" in {precision}"):
                     assert all_equal(params, expected), name
 
 
-def test_deepspeed(tmp_path):
-    """In all stages of ZeRO, with checkpoints of DeepSpeed's own."""
+def test_deepspeed_stages_equal_one_process(tmp_path):
+    """Covers all ZeRO stages and DeepSpeed's own checkpoints."""
     run(tmp_path, HELPERS / "deepspeed_ranks.py")
-    expected = by_hand(Rows(), small_numbers(SAMPLES), ROWS_OPTIONS)
-    in_bfloat16 = by_hand(Rows().bfloat16(), [t.bfloat16() for t in small_numbers(SAMPLES)], ROWS_OPTIONS)
+    expected = plain_loop(Rows(), small_numbers(SAMPLES), ROWS_OPTIONS)
+    in_bfloat16 = plain_loop(Rows().bfloat16(), [t.bfloat16() for t in small_numbers(SAMPLES)], ROWS_OPTIONS)
     _, gradient = exact(Regression().net, make_data(deepspeed_ranks.RAGGED))
     squares = sum(grad.square().sum().item() for grad in gradient)
     for world in WORLDS:
@@ -99,7 +100,7 @@ def test_deepspeed(tmp_path):
         for stage in deepspeed_ranks.STAGES:
             assert all(all_equal(rank[stage]["params"], expected) for rank in ranks), (stage, world)
             parts = [rank[stage]["squares"] for rank in ranks]
-            # float32's rounding, where signs would forgive a wrong factor
+            # float32 rounding; the signs alone would hide a wrong factor
             assert (parts[0] if stage == 0 else sum(parts)) == pytest.approx(squares, rel=1e-5), (stage, world)
             if world == 2:
                 assert all(rank[stage]["from"] == SAVED_AT for rank in ranks), stage
@@ -114,8 +115,8 @@ def test_deepspeed(tmp_path):
 
 @pytest.mark.parametrize("world", WORLDS[1:])
 @pytest.mark.parametrize("strategies", [["ddp"], ["ddp_fork", "ddp_notebook", "ddp_spawn"]])
-def test_processes_that_lightning_starts(strategies, world, alone, tmp_path):
+def test_launched_processes_equal_one(strategies, world, single, tmp_path):
     run(tmp_path, HELPERS / "launchers.py", world, *strategies)
     for strategy in strategies:
         for rank in range(world):
-            assert all_equal(torch.load(tmp_path / f"{strategy}-{rank}.pt"), alone)
+            assert all_equal(torch.load(tmp_path / f"{strategy}-{rank}.pt"), single)

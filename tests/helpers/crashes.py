@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL, and go on from their last checkpoint; prints what became of each, as JSON."""
+"""Kill runs with SIGKILL and resume them from their last checkpoint; print the outcome of each as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIANTS = ("irprop+", "irprop-")
 
 
 class AtStep(Callback):
-    """Tell the parent that a step has begun, and give it the time to kill."""
+    """Signals the parent that a step has begun."""
 
     def __init__(self, step, pipe):
         self.step, self.pipe = step, pipe
@@ -34,7 +34,7 @@ class AtStep(Callback):
 
 
 class WhileSaving(Callback):
-    """Kill this process at the n-th access to files since the third checkpoint is being made."""
+    """Kills this process at the n-th file access after the third checkpoint has begun."""
 
     def __init__(self, n):
         self.left, self.saves = n, 0
@@ -53,14 +53,14 @@ class WhileSaving(Callback):
 def checkpoints(sharded):
     if not sharded:
         return ModelCheckpoint("checkpoints", every_n_train_steps=EVERY, save_last=True)
-    # shards are written into a folder, in place: keep the one before, and change a link when all is there
+    # shards are written in place into a folder: keep the previous one, and move the link when all are written
     return ModelCheckpoint(
         "checkpoints", monitor="step", mode="max", save_top_k=2, every_n_train_steps=EVERY, save_last="link"
     )
 
 
 def run_rank(strategy, callbacks=()):
-    """What a user's program does, also when it is started again."""
+    """Train from the last checkpoint, if any, and save the result, as a user's program does."""
     if strategy == "fsdp2":
         from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -79,11 +79,12 @@ def run_rank(strategy, callbacks=()):
 
 
 def start(world, strategy, folder, callbacks=lambda rank: ()):
+    """Start the ranks of a run and return their process ids."""
     return forks.start(world, folder, lambda rank: run_rank(strategy, callbacks(rank)))
 
 
 def crash(world, strategy, folder, victim, step=None, delay=0.0, access=None):
-    """Kill one rank, at a step or while it saves; start the run again; tell what happened."""
+    """Kill one rank at a step or while it saves, start the run again, and return the outcome."""
     folder.mkdir()
     if step is None:
         children = start(world, strategy, folder, lambda rank: [WhileSaving(access)] if rank == victim else [])
@@ -114,7 +115,7 @@ if __name__ == "__main__":
     kind, count, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     strategy = {"saving": "auto", "rank": "ddp"}.get(kind, "fsdp2")
     os.environ["WORLD_SIZE"] = "1"
-    run_rank("auto")  # one process, undisturbed; and all is imported that the others need
+    run_rank("auto")  # undisturbed; it also imports everything before the forks
     truth = torch.load("end-0.pt")["params"]
 
     def same(end):
@@ -122,7 +123,7 @@ if __name__ == "__main__":
 
     for i in range(count):
         folder = Path(f"{kind}-{i}").absolute()
-        if kind == "rank":  # at different moments of steps from the first on
+        if kind == "rank":  # at different moments of different steps
             moment = {"step": 1 + i * (STEPS - 10) // count, "delay": 0.0005 * i}
         else:
             moment = {"access": 1 + i // world}

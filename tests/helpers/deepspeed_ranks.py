@@ -1,4 +1,4 @@
-"""Fits under Lightning's DeepSpeedStrategy on one to three ranks, which save what came out; for test_strategies.py."""
+"""Fit with DeepSpeedStrategy on one to three ranks and save the results for test_strategies.py."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from whole_set import Regression, make_data
 from lightning_rprop import FullBatchLoader, StepSizeMonitor
 
 STAGES = (0, 1, 2, 3)
-PRECISIONS = ("bf16-mixed", "bf16-true")  # without ZeRO, DeepSpeed makes a step before there is a loss
-RAGGED = 103  # samples that neither micro-batches nor ranks divide evenly
+PRECISIONS = ("bf16-mixed", "bf16-true")  # not in stage 0, where DeepSpeed steps before there is a loss
+RAGGED = 103  # samples; neither micro-batches nor ranks divide it
 
 
 class Ragged(Regression):
-    """It looks at no gradients: ZeRO keeps them."""
+    """Records no gradients, because ZeRO keeps them to itself."""
 
     def on_before_optimizer_step(self, optimizer):
         pass
 
 
 def whole(module, stage):
-    """Give the parameters, of which each rank has a part only in stage 3."""
+    """Return the whole parameters; in stage 3 each rank holds only a part."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=stage == 3):
@@ -35,14 +35,14 @@ def whole(module, stage):
 
 
 class Squares(Callback):
-    """Sums the squares of the gradient that the optimizer inside gets: of this rank's part, where it has a part."""
+    """Sums the squares of the gradient, or of this rank's part of it, that the inner optimizer gets."""
 
     def __init__(self):
         self.sum = 0.0
 
     def on_train_start(self, trainer, pl_module):
         (optimizer,) = trainer.optimizers
-        getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self.add)  # behind FullBatch's
+        getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self.add)  # after FullBatch's hook
 
     def add(self, optimizer, *args):
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -50,14 +50,14 @@ class Squares(Callback):
 
 
 def fit(stage, ckpt_path=None, **options):
-    """Train to the end, in two micro-batches of each rank."""
+    """Train to the end with two micro-batches per rank and return the parameters."""
     trainer, module = make_trainer(DeepSpeedOnCPU(stage), **options), Fit(net=Rows)
     trainer.fit(module, loader(math.ceil(SAMPLES / trainer.world_size / 2), small_numbers), ckpt_path=ckpt_path)
     return whole(module, stage)
 
 
 def error_of(stage, callbacks=(), **options):
-    """Give the error of a fit that is refused."""
+    """Return the error of a fit that is refused."""
     try:
         fit(stage, callbacks=callbacks, **options)
     except MisconfigurationException as error:
@@ -66,11 +66,11 @@ def error_of(stage, callbacks=(), **options):
 
 
 def fits(stage, world):
-    """Train in a stage: one step on ragged data; to the end; on two ranks, from a checkpoint on to the end, too."""
+    """Train in a ZeRO stage: a step on ragged data, a whole run and, on two ranks, a resumed run."""
     squares, ragged = Squares(), FullBatchLoader(make_data(RAGGED), 8)
     make_trainer(DeepSpeedOnCPU(stage), 1, [squares]).fit(Ragged(reduction="sum"), ragged)
     seen = {"squares": squares.sum}
-    if world == 2:  # on which alone DeepSpeed's checkpoints of two ranks go on
+    if world == 2:  # a DeepSpeed checkpoint needs the same number of ranks
         saved, begin = ModelCheckpoint(".", f"{stage}", every_n_train_steps=SAVED_AT), Begin()
         seen["params"] = fit(stage, callbacks=[saved], enable_checkpointing=True)
         seen["resumed"] = fit(stage, callbacks=[begin], ckpt_path=f"{stage}.ckpt")
@@ -84,7 +84,7 @@ def fits(stage, world):
 
 
 def save(rank, world):
-    """Save what comes out of all stages."""
+    """Fit in all stages and save the results."""
     torch.save({stage: fits(stage, world) for stage in STAGES}, f"deepspeed-{world}-{rank}.pt")
 
 

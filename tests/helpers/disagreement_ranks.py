@@ -1,4 +1,4 @@
-"""Tries to fit what differs between three ranks, which save the errors; for test_agreement.py."""
+"""Fit models that differ between three ranks and save the errors for test_agreement.py."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CASES = {
 
 
 def fit(name, rank, callbacks):
-    """The error, and how many numbers the collectives took that were to find it."""
+    """Return the error and the number of elements in each all-reduce."""
     calls = []
     original = dist.all_reduce
 
@@ -59,10 +59,10 @@ def fit(name, rank, callbacks):
 
 
 def fits(rank, world):
-    """Try all cases."""
+    """Fit all cases and save the results."""
     both = [FullBatch(), StepSizeMonitor()]
     seen = {name: fit(name, rank, both if name == "same" else [FullBatch()]) for name in CASES}
-    seen["monitor alone"] = fit("lr", rank, [StepSizeMonitor()])
+    seen["monitor only"] = fit("lr", rank, [StepSizeMonitor()])
     torch.save(seen, f"seen-{rank}.pt")
 
 

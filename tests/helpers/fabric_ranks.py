@@ -1,4 +1,4 @@
-"""Trains with the loop of examples/fabric.py on one and two ranks, which save what came out; for test_examples.py."""
+"""Train with the loop of examples/fabric.py on one and two ranks and save the results for test_examples.py."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from fabric import fit
 WORLDS = (1, 2)
 STEPS = 60
 SIZE = 8
-SAMPLES = 64  # a power of two, by which the mean divides sums exactly
+SAMPLES = 64  # a power of two, so that the mean is exact
 
 
 def ragged():
-    """Samples that neither micro-batches nor ranks divide evenly."""
+    """Return samples that neither micro-batches nor ranks divide evenly."""
     return tuple(t.double() for t in make_data(103))
 
 
 def network():
+    """Return a linear model whose parameters are 0."""
     net = torch.nn.Linear(5, 1, dtype=torch.float64)
     torch.nn.init.zeros_(net.weight)
     torch.nn.init.zeros_(net.bias)
@@ -34,12 +35,12 @@ def network():
 
 
 def optimizer(params):
-    """Step sizes, and so weights, stay multiples of 2^-10."""
+    """Return an optimizer whose step sizes, and so the parameters, stay multiples of 2^-10."""
     return Rprop(params, lr=0.25, etas=(0.5, 2.0), step_sizes=(2**-10, 4.0), variant="irprop+")
 
 
 def fits(rank, world):
-    """Train half-way, from there to the end, and as a whole."""
+    """Train the first half of a run, the resumed run and the whole run, and save the results."""
     fabric = Fabric(accelerator="cpu", devices=world, strategy="ddp")
     fabric.launch()
     seen = {}
@@ -49,7 +50,7 @@ def fits(rank, world):
         seen[name] = [p.detach() for p in net.parameters()]
     net = network()
     fit(fabric, net, optimizer(net.parameters()), FullBatchLoader(ragged(), SIZE), 0)
-    seen["gradient"] = [p.grad for p in net.parameters()]  # of the loss that it tells at the end
+    seen["gradient"] = [p.grad for p in net.parameters()]  # of the loss reported at the end
     torch.save(seen, f"{world}-{rank}.pt")
 
 

@@ -1,7 +1,7 @@
-"""Ranks that are forked from a process that has imported everything already: dozens of runs in seconds.
+"""Ranks forked from a process that has already imported everything, so that dozens of runs take seconds.
 
-The process must not have used torch's threads, which do not survive a fork. What a rank says goes into a file: a pipe
-that nobody reads yet would fill, and the rank, and with it all others, would stand still.
+The process must not have used torch's threads, which do not survive a fork. The ranks write their output to files,
+because a rank would block on a full pipe.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 
 
 def run(world, function, limit=200):
-    """Call the function with rank and world on so many ranks, in this folder; end with their logs if one fails."""
+    """Call ``function(rank, world)`` on ``world`` ranks in this folder; exit with the logs if one fails."""
     codes, _ = wait(start(world, ".", lambda rank: function(rank, world)), limit)
     if any(codes):
         sys.exit("\n".join(f"{code}: {Path(f'log-{rank}').read_text()[-3000:]}" for rank, code in enumerate(codes)))
 
 
 def start(world, folder, function):
-    """Fork the ranks of a run, each of which calls the function in the folder; give their process ids."""
+    """Fork ranks that call ``function(rank)`` in the folder, and return their process ids."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -51,16 +51,16 @@ def _run(rank, world, port, folder, function):
 
 
 def wait(children, limit=60):
-    """Give their exit codes (negative for a signal), and how long it took; what is still there then is killed."""
-    begun, codes = time.monotonic(), {}
+    """Return exit codes (negative for a signal) and the time taken; kill what still runs after ``limit`` seconds."""
+    start, codes = time.monotonic(), {}
     while len(codes) < len(children):
         for child in children:
             if child not in codes:
                 pid, status = os.waitpid(child, os.WNOHANG)
                 if pid:
                     codes[child] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() - begun > limit:
+        if time.monotonic() - start > limit:
             for child in set(children) - codes.keys():
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
-    return [codes[child] for child in children], time.monotonic() - begun
+    return [codes[child] for child in children], time.monotonic() - start

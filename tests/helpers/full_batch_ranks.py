@@ -1,4 +1,4 @@
-"""Fits in all cases on one, two and three ranks, which save what they saw; for test_full_batch_ranks.py."""
+"""Fit all cases on one, two and three ranks and save the results for test_full_batch_ranks.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import forks
 import lightning.pytorch as pl
 import torch
+from fitting import Doubling, Losses, Reiterable
 from lightning.pytorch.strategies import DDPStrategy
 from lit import trainer
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -16,11 +17,11 @@ from whole_set import Regression, make_data, whole_numbers
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
 WORLDS = (1, 2, 3)
-SAMPLES = 96  # of whole numbers
+SAMPLES = 96  # in the cases of whole numbers
 
 
 class CountReductions(pl.Callback):
-    """Counts the all-reduces of gradients."""
+    """Counts the gradient all-reduces."""
 
     def __init__(self):
         self.count = 0
@@ -33,18 +34,8 @@ class CountReductions(pl.Callback):
         trainer.strategy.model.register_comm_hook(None, hook)
 
 
-class Losses(pl.Callback):
-    """Keeps the loss that each step began with."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append(outputs["loss"].item())
-
-
 class Shared(Regression):
-    """It logs its rank at the end of a step, to be weighed by the rank's samples."""
+    """Logs its rank at the end of a step, which is weighted by the rank's samples."""
 
     def training_step(self, batch, batch_idx):
         if self.log_options:
@@ -71,7 +62,7 @@ def fit(loader, steps, make, reduction="mean", weight=None, **log):
     return {
         "gradient": module.gradients[0],
         "parameters": [p.detach() for p in module.parameters()],
-        "losses": losses.seen,
+        "losses": losses.losses,
         "reductions": count.count,
         "targets": module.targets,
         "metrics": dict(fitter.callback_metrics),
@@ -79,7 +70,7 @@ def fit(loader, steps, make, reduction="mean", weight=None, **log):
 
 
 def cases(world):
-    """Name and fit of each case; few steps, but for the last."""
+    """Yield name and results of each case, most with few steps."""
     plus = lambda params: Rprop(params, variant="irprop+")  # noqa: E731
     for n, sizes in ((103, (None, 1, 8, 50, 102, 103)), (2, (None, 1)), (129, (64,))):
         for size in sizes:
@@ -95,8 +86,8 @@ def cases(world):
     short = DataLoader(TensorDataset(*make_data(2)), batch_size=1)
     yield "short DataLoader", fit(FullBatchLoader(short), 3, plus)
     rank = int(os.environ["RANK"])
-    own = [(x[i : i + 9], y[i : i + 9]) for i in range(9 * rank, 103, 9 * world)]  # not as many on each rank
-    yield "own batches", fit(FullBatchLoader(OwnBatches(own)), 3, plus)
+    own = [(x[i : i + 9], y[i : i + 9]) for i in range(9 * rank, 103, 9 * world)]  # the numbers of batches differ
+    yield "own batches", fit(FullBatchLoader(Reiterable(*own)), 3, plus)
     loader = FullBatchLoader((x, y), 8, steps_per_epoch=2)
     yield "log", fit(loader, 2, plus, on_step=True, on_epoch=True, sync_dist=True)
     few = FullBatchLoader(make_data(2), steps_per_epoch=2)
@@ -121,23 +112,15 @@ def cases(world):
 
 
 class NoGraph(Regression):
-    """Its loss has no graph where nothing counts; it counts the micro-batches of all ranks."""
+    """Returns a loss without a graph where no sample counts, and logs the number of micro-batches on all ranks."""
 
     def training_step(self, batch, batch_idx):
         self.log("sum", torch.ones(()), on_step=True, reduce_fx="sum", sync_dist=True)
         return super().training_step(batch, batch_idx) if batch[1].isfinite().all() else torch.zeros(())
 
 
-class Doubling(DataLoader):
-    """It changes the batches, as a prefetcher does."""
-
-    def __iter__(self):
-        for x, y in super().__iter__():
-            yield 2 * x, y
-
-
 class Masked(Regression):
-    """The mean over the samples whose target is a number; over none it is NaN, and so is its gradient."""
+    """Trains on the mean over samples with a target; without any, loss and gradient are NaN."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -153,13 +136,13 @@ def count(batch):
 
 
 def masked(n, counted):
-    """Data of which some have no target."""
+    """Return samples of which only the counted ones have a target."""
     x, y = make_data(n)
     return x, torch.where(torch.tensor([i in counted for i in range(n)]).unsqueeze(1), y, torch.nan)
 
 
 def weights_of_zero(world):
-    """Micro-batches without a target: some, all of some ranks, and a filler without one."""
+    """Yield cases with zero-weight micro-batches: some, all of a rank, and a filler."""
     for name, n, counted, size in (
         ("some", 96, [*range(8), *range(20, 40)], 8),
         ("first rank only", 96, [*range(10)], 8),
@@ -180,12 +163,12 @@ def weights_of_zero(world):
             )
             fitter.fit(module, loader)
             metrics = {name: value.item() for name, value in fitter.callback_metrics.items()}
-            found = {"gradient": module.gradients[0], "losses": losses.seen, "metrics": metrics, "counted": counted}
+            found = {"gradient": module.gradients[0], "losses": losses.losses, "metrics": metrics, "counted": counted}
             yield ("zero", name, kind), {**found, "n": n, "parameters": [p.detach() for p in module.parameters()]}
 
 
 def different(rank):
-    """What differs between the ranks, though they have as many samples."""
+    """Yield loaders and options that differ between the ranks."""
     x, y = make_data(16)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(rank))
     yield "different data", FullBatchLoader(make_data(10 + rank)), {}
@@ -202,18 +185,8 @@ def different(rank):
     yield "held and streamed", held if rank else streamed, {}
 
 
-class OwnBatches:
-    """An iterable of ready batches, of no known length."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
 class Absolute(Regression):
-    """A linear model with the absolute error, whose gradients are sums of inputs."""
+    """A linear model with the absolute error, so that gradients are sums of inputs."""
 
     def __init__(self, make):
         torch.manual_seed(0)
@@ -228,7 +201,7 @@ class Absolute(Regression):
 
 
 def halving(params):
-    """Step sizes that stay powers of two."""
+    """Return an optimizer whose step sizes stay powers of two."""
     return Rprop(params, lr=0.25, etas=(0.5, 2.0), step_sizes=(2**-20, 4.0))
 
 

@@ -1,4 +1,4 @@
-"""Fits as a user's script does, in processes that Lightning starts: ``launchers.py 3 ddp``; each saves what it has."""
+"""Fit in processes that Lightning launches and save each rank's parameters; ``launchers.py 3 ddp`` uses three."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Saving(Fit):
     def on_train_end(self):
         params = {name: whole(param) for name, param in self.named_parameters()}
         torch.save(params, f"{self.strategy}-{self.global_rank}.pt")
-        # with a group, torch may abort the process at its very end (torch issue 190489)
+        # else torch may abort the process at exit (torch issue 190489)
         atexit.register(torch.distributed.destroy_process_group)
 
 

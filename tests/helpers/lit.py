@@ -1,4 +1,4 @@
-"""A small LightningModule and its data, for tests that need a Trainer."""
+"""A small LightningModule, its data, a quiet Trainer and a recording logger."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import Logger
 
 
 class Net(pl.LightningModule):
-    """Regression with two layers; ``make`` makes the optimizers from the parameters."""
+    """A regression with two layers, whose optimizers ``make`` builds from the module."""
 
     def __init__(self, make, manual=False):
         super().__init__()
@@ -36,14 +36,14 @@ class Net(pl.LightningModule):
 
 
 class ValidatedNet(Net):
-    """The same with a validation, which Lightning warns of where it gets no data for it."""
+    """Adds a validation step; separate, because Lightning warns if such a module gets no validation data."""
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", self.net(batch).square().mean(), batch_size=len(batch))
 
 
 class Batches:
-    """An iterable of ``n`` equal batches, not a DataLoader, so that Lightning has nothing to say about workers."""
+    """An iterable of ``n`` equal batches; not a DataLoader, so Lightning does not warn about workers."""
 
     def __init__(self, n):
         self.n = n
@@ -58,7 +58,7 @@ class Batches:
 
 
 class Recorder(Logger):
-    """A logger that keeps the calls."""
+    """A logger that records its calls."""
 
     def __init__(self):
         super().__init__()
@@ -73,11 +73,12 @@ class Recorder(Logger):
         self.calls.append((step, dict(metrics)))
 
     def records(self):
-        """The calls of the monitor: step and metrics."""
+        """Return step and metrics of the calls made by StepSizeMonitor."""
         return [(step, metrics) for step, metrics in self.calls if any(k.startswith("step_size/") for k in metrics)]
 
 
 def trainer(tmp_path, callbacks=(), package=pl, **kwargs):
+    """Return a Trainer on the CPU that prints and saves nothing by default."""
     defaults = {
         "accelerator": "cpu",
         "max_epochs": 3,
@@ -92,14 +93,14 @@ def trainer(tmp_path, callbacks=(), package=pl, **kwargs):
 
 
 def all_equal(a, b):
-    """Whether two lists of tensors are the same, to the last bit."""
+    """Return whether two lists of tensors are equal bit for bit."""
     return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 def fit_in_two_parts(tmp_path, whole, first, second, batches):
-    """The parameters of three modules, by how their optimizers are made.
+    """Return the parameters of three fits: a whole one, its first half, and one resumed from that half's checkpoint.
 
-    One is fitted to the end; one half-way; and one from the checkpoint of that on to the end.
+    The arguments ``whole``, ``first`` and ``second`` build the optimizers of the three.
     """
     modules = Net(whole), Net(first), Net(second)
     trainer(tmp_path, max_epochs=8).fit(modules[0], Batches(batches))

@@ -1,4 +1,4 @@
-"""Strategies that Lightning has for GPUs only, with what else they need to run on a CPU."""
+"""Lightning strategies for GPUs, adapted to run on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 
 class FSDPOnCPU(FSDPStrategy):
-    """FSDPStrategy with its model on the CPU, which Lightning refuses by the class's name (lightning issue 21812)."""
+    """FSDPStrategy on the CPU; Lightning refuses that by class name (lightning issue 21812)."""
 
     def _setup_model(self, model):
         options = {"mixed_precision": self.mixed_precision_config, "sharding_strategy": self.sharding_strategy}
@@ -20,12 +20,12 @@ class FSDPOnCPU(FSDPStrategy):
 
 
 class DeepSpeedOnCPU(DeepSpeedStrategy):
-    """DeepSpeedStrategy without the check for GPUs, and an engine without a number of one; stage 0 is without ZeRO."""
+    """DeepSpeedStrategy without the check for GPUs and without a device number; stage 0 means no ZeRO."""
 
     def __init__(self, stage):
         os.environ["DS_ACCELERATOR"] = "cpu"
         super().__init__(stage=stage, zero_optimization=stage > 0, logging_level=40)
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # it would be compiled for a minute
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # compiling it takes a minute
 
     def setup_environment(self):
         Strategy.setup_environment(self)

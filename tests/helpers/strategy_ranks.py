@@ -1,4 +1,4 @@
-"""Fits under several strategies on one, two and three ranks, which save what came out; for test_strategies.py."""
+"""Fit with several strategies on one, two and three ranks and save the results for test_strategies.py."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from whole_set import whole_numbers
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
 STEPS = 50
-SAVED_AT = 27  # in the middle of an epoch, where iRprop+ is about to compare losses
+SAVED_AT = 27  # within an epoch, where iRprop+ compares losses next
 SAMPLES = 50
 STRATEGIES = ("ddp", "zero", "fsdp", "fsdp2", "fsdp2 full", "columns", "columns and rows")
-# by which a checkpoint is loaded and was saved; "fsdp" and "fsdp2" are sharded ones
+# (strategy that loads a checkpoint, strategy that saved it); those of "fsdp" and "fsdp2" are sharded
 CHECKPOINTS = (
     ("ddp", "ddp"),
     ("zero", "zero"),
@@ -37,8 +37,7 @@ CHECKPOINTS = (
 )
 WORLDS = (1, 2, 3)
 
-
-# those that Lightning has for each
+# the precisions that each strategy supports
 PRECISIONS = {
     "ddp": ("64-true", "bf16-mixed", "bf16-true", "16-mixed"),
     "zero": ("64-true", "bf16-mixed", "bf16-true", "16-mixed"),
@@ -54,16 +53,16 @@ ROWS_OPTIONS = OPTIONS | {"step_sizes": (0.25, 1.0)}
 
 
 def small_numbers(n):
-    """Whole numbers whose outputs and gradients are exact in bfloat16, which has eight bits."""
+    """Return ``n`` samples of integers so small that outputs and gradients are exact in bfloat16."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randint(-1, 2, (n, 5), generator=generator).float()
     return x, torch.randint(-9, 10, (n, 1), generator=generator).float()
 
 
 class Towers(torch.nn.Module):
-    """A network for each variant, all alike at first; gives the sum of their losses.
+    """One network per variant, initially equal; returns the sum of their losses.
 
-    Weights and step sizes are multiples of 2^-10, so that outputs, losses and gradients are exact.
+    Parameters and step sizes are multiples of 2^-10, so that outputs, losses and gradients are exact.
     """
 
     def __init__(self, variants=VARIANTS):
@@ -81,7 +80,7 @@ class Towers(torch.nn.Module):
 
 
 class Rows(Towers):
-    """One layer each, for less than float64; the loss is summed in float32, as the README advises."""
+    """One layer per variant, for low precision; the loss is summed in float32, as the README advises."""
 
     def __init__(self, variants=VARIANTS):
         super().__init__(())
@@ -96,7 +95,7 @@ class Rows(Towers):
 
 
 def make_groups(towers, variants=VARIANTS):
-    """Parameter groups of each variant and path, in the parameters' order, by which Lightning loads whole files."""
+    """Return groups per variant and implementation, in the parameter order that Lightning's full checkpoints need."""
     groups = []
     for i, (tower, variant) in enumerate(zip(towers, variants, strict=True)):
         params = list(tower.parameters())
@@ -107,7 +106,7 @@ def make_groups(towers, variants=VARIANTS):
 
 
 class Fit(pl.LightningModule):
-    """Towers, and an optimizer that takes all paths."""
+    """Trains towers with an optimizer that uses every implementation."""
 
     def __init__(self, spread=None, wrap=None, variants=VARIANTS, net=Towers):
         super().__init__()
@@ -132,7 +131,7 @@ def fully(net, mesh):
 
 
 def columns(net, mesh):
-    """The second layer's parameters stay plain tensors, one of them in a group with a DTensor of the first."""
+    """Shard the first layers only, so that a group mixes plain tensors and DTensors."""
     for tower in net.towers:
         parallelize_module(tower[0], mesh["tensor_parallel"], ColwiseParallel(output_layouts=Replicate()))
 
@@ -144,7 +143,7 @@ def columns_and_rows(net, mesh):
 
 
 def zero(groups, **options):
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # here, as it warns where it is imported
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # it warns on import
 
     return ZeroRedundancyOptimizer(groups, optimizer_class=Rprop, **options)
 
@@ -165,8 +164,8 @@ def whole(tensor):
 
 
 def make(name, world, net=Towers):
-    """A strategy, the module for it, and how many samples a micro-batch has."""
-    if name in ("columns", "columns and rows"):  # all ranks have all samples, and take long
+    """Return a strategy, its module and the micro-batch size."""
+    if name in ("columns", "columns and rows"):  # slow, because every rank trains on all samples
         strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=world)
         if name == "columns":
             return strategy, Fit(columns, net=net), 32
@@ -187,14 +186,14 @@ def parameters(strategy, module):
 
 
 class Begin(pl.Callback):
-    """Notes at which step a run begins."""
+    """Records the step at which a run begins."""
 
     def on_train_start(self, trainer, *args):
         self.step = trainer.global_step
 
 
 def fit(name, world):
-    """Train to the end, leaving a checkpoint on the way."""
+    """Train to the end, save a checkpoint on the way, and return the results."""
     strategy, module, size = make(name, world)
     saved = ModelCheckpoint(".", f"{name}-{world}", every_n_train_steps=SAVED_AT)
     fitter = make_trainer(strategy, callbacks=[saved], enable_checkpointing=True)
@@ -202,7 +201,7 @@ def fit(name, world):
     optimizer = fitter.optimizers[0]
     optimizer = getattr(optimizer, "optim", optimizer)  # inside ZeroRedundancyOptimizer
     params = parameters(strategy, module)
-    optimizer.shared_loss = True  # which FullBatch sets during a fit
+    optimizer.shared_loss = True  # as FullBatch sets it during a fit
     with CommDebugMode() as counted:
         optimizer.step(loss=0.0)
     return {
@@ -218,18 +217,18 @@ def fit(name, world):
 
 
 def fit_precisely(name, world):
-    """Train in the precision that the name ends in."""
+    """Train in the precision at the end of the name and return the parameters."""
     strategy, precision = name.split(" in ")
     strategy, module, size = make(strategy, world, Rows)
     how = {"precision": precision}
-    if precision == "16-mixed":  # which Lightning makes without a GPU only if it is given the plugin
+    if precision == "16-mixed":  # without a GPU, Lightning needs the plugin
         how = {"plugins": [MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))]}
     make_trainer(strategy, **how).fit(module, loader(size, small_numbers))
     return parameters(strategy, module)
 
 
 def resume(name, world):
-    """Train from a checkpoint on to the end: ``"ddp-zero-3"`` is of zero on three ranks, in ddp."""
+    """Resume from a checkpoint; ``"ddp-zero-3"`` loads with ddp what zero saved on three ranks."""
     name, saved_by, saved_on = name.split("-")
     strategy, module, size = make(name, world)
     begin = Begin()
@@ -239,7 +238,7 @@ def resume(name, world):
 
 
 def run(stage, world, function, names):
-    """Do it on so many ranks; each saves what it has of each name."""
+    """Call the function for each name on ``world`` ranks, each of which saves the results."""
 
     def save(rank, world):
         torch.save({name: function(name, world) for name in names}, f"{stage}-{world}-{rank}.pt")
@@ -251,7 +250,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for world in WORLDS:
         run("fit", world, fit, STRATEGIES)
-    for world in WORLDS:  # from what the other numbers of ranks have saved
+    for world in WORLDS:  # load what other numbers of ranks have saved
         pairs = [f"{loaded}-{saved}-{n}" for loaded, saved in CHECKPOINTS for n in WORLDS if n != world]
         run("resume", world, resume, pairs)
     run(

@@ -1,4 +1,4 @@
-"""A regression on a whole data set, and its exact gradient: for the tests of full batches."""
+"""A regression on a small data set, with its exact gradient."""
 
 from __future__ import annotations
 
@@ -12,25 +12,31 @@ from lightning_rprop import Rprop
 
 
 def make_data(n, features=5):
-    """``n`` samples: inputs ``(n, features)`` and targets ``(n, 1)``."""
+    """Return ``n`` random samples: inputs ``(n, features)`` and targets ``(n, 1)``."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(n, features, generator=generator), torch.randn(n, 1, generator=generator)
 
 
 def whole_numbers(n):
-    """The same in small whole numbers: all sums of them are exact in float64, whoever adds them up."""
+    """Return ``n`` samples of small integers, whose sums are exact in float64 in any order."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randint(-4, 5, (n, 5), generator=generator).double()
     return x, torch.randint(-40, 41, (n, 1), generator=generator).double()
 
 
+def network(*layers):
+    """Return a small network, the same at each call, with extra layers after the first."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), *layers, nn.Tanh(), nn.Linear(8, 1))
+
+
 class Regression(pl.LightningModule):
-    """A small network; it keeps the gradients that the optimizer gets, and the targets of the batches it sees."""
+    """A small regression that records the gradients its optimizer gets and the targets of its batches."""
 
     def __init__(self, make=Rprop, reduction="mean", net=None, **log):
         super().__init__()
         torch.manual_seed(0)
-        self.net = net or nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.net = net or network()
         self.make = make
         self.reduction = reduction
         self.log_options = log
@@ -53,7 +59,7 @@ class Regression(pl.LightningModule):
 
 
 def exact(net, data):
-    """The mean squared error over all samples and its gradient, in float64."""
+    """Return the mean squared error over all samples and its gradient, computed in float64."""
     net = copy.deepcopy(net).double()
     x, y = (t.double() for t in data)
     loss = (net(x) - y).square().mean()
@@ -61,6 +67,6 @@ def exact(net, data):
 
 
 def relative_error(gradients, exact_ones):
-    """The norm of the difference, over all parameters, relative to the exact gradient's."""
+    """Return the norm of the difference over all parameters, relative to the norm of the exact gradient."""
     difference = sum((a.double() - b).square().sum() for a, b in zip(gradients, exact_ones, strict=True))
     return (difference / sum(b.square().sum() for b in exact_ones)).sqrt().item()

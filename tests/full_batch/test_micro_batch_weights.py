@@ -1,4 +1,4 @@
-"""What a micro-batch counts: weights of 0, weights that are none, and what self.log makes of them."""
+"""FullBatch weights each micro-batch by its samples or by a user's function, in losses and logs."""
 
 import copy
 from dataclasses import dataclass
@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from fitting import DATA, Losses, stay
+from fitting import fit as fit_data
 from lit import all_equal, trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from whole_set import Regression, make_data
+from whole_set import Regression, exact, make_data, relative_error
 
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
@@ -21,7 +23,7 @@ IGNORED = -100  # cross_entropy's ignore_index
 
 
 class Classifier(Regression):
-    """Cross-entropy, whose mean over no labels is NaN."""
+    """Trains with the cross-entropy, whose mean over no labels is NaN."""
 
     def __init__(self, make=Rprop, **log):
         torch.manual_seed(0)
@@ -41,7 +43,7 @@ def labelled(batch):
 
 
 def only(first, last):
-    """Labels of a part of the samples."""
+    """Return the labels with those outside of [first, last) ignored."""
     labels = LABELS.clone()
     labels[:first] = IGNORED
     labels[last:] = IGNORED
@@ -57,7 +59,7 @@ def fit(folder, labels, size, weight=labelled, steps=20, module=None, data=None,
 
 @pytest.mark.parametrize("part", [(0, 16), (8, 24), (8, 16), (0, 3)])
 @pytest.mark.parametrize("how", ["tensor", "int", "numpy"])
-def test_micro_batches_that_weigh_nothing_are_left_out(part, how, tmp_path):
+def test_zero_weights_are_left_out(part, how, tmp_path):
     kinds = {
         "tensor": labelled,
         "int": lambda batch: int(labelled(batch)),
@@ -65,15 +67,15 @@ def test_micro_batches_that_weigh_nothing_are_left_out(part, how, tmp_path):
     }
     whole, expected = fit(tmp_path, only(*part), None)
     module, metrics = fit(tmp_path, only(*part), 8, kinds[how])
-    assert len(module.targets) == 20 * 3  # they are run all the same
+    assert len(module.targets) == 20 * 3  # they run nevertheless
     assert metrics["full"].item() == pytest.approx(expected["full"].item(), rel=1e-6)
     assert all(p.isfinite().all() for g in module.gradients for p in g)
     for a, b in zip(module.gradients[0], whole.gradients[0], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)  # float64's rounding of another order of sums
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)  # float64 rounding; sums differ in order
     assert all_equal(module.parameters(), whole.parameters())
 
 
-def test_sum_reduction_leaves_weights_of_zero_out(tmp_path):
+def test_sum_reduction_leaves_zero_weights_out(tmp_path):
     class Sums(Classifier):
         def training_step(self, batch, batch_idx):
             x, y = batch
@@ -87,7 +89,7 @@ def test_sum_reduction_leaves_weights_of_zero_out(tmp_path):
 
 
 @pytest.mark.parametrize("size", [None, 8])
-def test_nothing_that_counts_is_an_error(size, tmp_path):
+def test_weights_of_only_zero_are_an_error(size, tmp_path):
     module = Classifier()
     start = copy.deepcopy(list(module.parameters()))
     with pytest.raises(ValueError, match="weight returned 0 for every micro-batch: at least one must count"):
@@ -103,7 +105,7 @@ def test_nothing_that_counts_is_an_error(size, tmp_path):
     + [torch.tensor([1.0, 2.0]), torch.tensor([])],
     ids=str,
 )
-def test_weight_that_is_no_weight_is_an_error(value, size, tmp_path):
+def test_invalid_weight_is_an_error(value, size, tmp_path):
     module = Classifier()
     start = copy.deepcopy(list(module.parameters()))
     with pytest.raises(ValueError, match=r"weight must return (a finite number >= 0|one number) for each"):
@@ -112,25 +114,25 @@ def test_weight_that_is_no_weight_is_an_error(value, size, tmp_path):
 
 
 @pytest.mark.parametrize("value", [True, 3, 2.5, torch.tensor(3), torch.tensor([[3.0]]), np.float32(2)], ids=str)
-def test_weight_may_be_any_number(value, tmp_path):
+def test_any_constant_weight_cancels_out(value, tmp_path):
     module, _ = fit(tmp_path, LABELS, 8, lambda batch: value, steps=3)
     expected, _ = fit(tmp_path, LABELS, 8, None, steps=3)
     assert all_equal(module.parameters(), expected.parameters())
 
 
 @pytest.mark.parametrize("log", [{"on_step": True, "on_epoch": True}, {"on_step": True}, {"on_epoch": True}])
-def test_log_leaves_out_what_weighs_nothing(log, tmp_path):
+def test_log_leaves_zero_weights_out(log, tmp_path):
     for part in ((0, 16), (8, 24)):
-        module = Classifier(lambda params: Rprop(params, lr=0.0, step_sizes=(0, 1)), **log)  # it stays where it is
+        module = Classifier(stay, **log)
         _, metrics = fit(tmp_path, only(*part), 8, module=module, steps=5)
         expected = cross_entropy(module.net(X[slice(*part)]), LABELS[slice(*part)]).item()
         for name, value in metrics.items():
             assert value.item() == pytest.approx(expected, rel=1e-6), name
 
 
-def test_log_weighs_by_weight(tmp_path):
+def test_log_uses_the_weights(tmp_path):
     labels = only(0, 17)  # the last micro-batch has one label, the others have eight
-    module = Classifier(lambda params: Rprop(params, lr=0.0, step_sizes=(0, 1)), on_step=True, on_epoch=True)
+    module = Classifier(stay, on_step=True, on_epoch=True)
     _, metrics = fit(tmp_path, labels, 8, module=module, steps=5)
     for name in ("loss_step", "loss_epoch"):
         assert metrics[name].item() == pytest.approx(metrics["full"].item(), rel=1e-6)
@@ -143,7 +145,7 @@ class Batch:
 
 
 class Graphs:
-    """A batch of graphs, as PyTorch Geometric has them: its tensors have other lengths than it has graphs."""
+    """Like a PyTorch Geometric batch, whose tensors are longer than its number of graphs."""
 
     def __init__(self, x, y):
         self.x, self.y, self.num_graphs = x, y, len(y)
@@ -159,14 +161,13 @@ class OfObjects(Classifier):
 
 @pytest.mark.parametrize("make", [Batch, Graphs])
 @pytest.mark.parametrize("weight", [None, lambda batch: len(batch.y)])
-def test_batch_objects_weigh_by_their_samples(make, weight, tmp_path):
+def test_batch_objects_count_their_samples(make, weight, tmp_path):
     def collate(samples):
         x, y = zip(*samples, strict=True)
         return make(torch.stack(x), torch.stack(y))
 
-    still = lambda params: Rprop(params, lr=0.0, step_sizes=(0, 1))  # noqa: E731
     source = DataLoader(TensorDataset(X, LABELS), batch_size=16, collate_fn=collate)
-    module = OfObjects(still, on_step=True, on_epoch=True)
+    module = OfObjects(stay, on_step=True, on_epoch=True)
     _, metrics = fit(tmp_path, None, None, weight, module=module, data=FullBatchLoader(source), steps=2)
     expected = cross_entropy(module.net(X), LABELS).item()
     for name in ("full", "loss_step", "loss_epoch"):
@@ -174,7 +175,7 @@ def test_batch_objects_weigh_by_their_samples(make, weight, tmp_path):
 
 
 class TimeFirst(Classifier):
-    """Sequences of 3 steps, the time first; the label belongs to the sequence."""
+    """Trains on sequences of three steps, time first, with one label per sequence."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -186,7 +187,7 @@ def time_first(samples):
     return torch.stack(x).expand(3, -1, -1), torch.stack(y).expand(3, -1)
 
 
-def test_time_axis_is_not_taken_for_samples(tmp_path):
+def test_time_axis_is_not_counted_as_samples(tmp_path):
     source = FullBatchLoader(DataLoader(TensorDataset(X, LABELS), batch_size=16, collate_fn=time_first))
     with pytest.raises(ValueError, match=r"cannot be counted.*DataLoader's batch_size.*weight=lambda batch"):
         fit(tmp_path, None, None, None, module=TimeFirst(), data=source)
@@ -195,15 +196,50 @@ def test_time_axis_is_not_taken_for_samples(tmp_path):
     assert metrics["full"].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_whole_set_in_one_batch_needs_no_count(tmp_path):
+def test_single_batch_needs_no_sample_count(tmp_path):
     class Uncountable(Classifier):
         def training_step(self, batch, batch_idx):
             return super().training_step((batch["x"], batch["y"]), batch_idx)
 
     data = {"x": X, "y": LABELS, "edges": torch.zeros(2, 7)}
-    module, metrics = fit(
-        tmp_path, None, None, None, module=Uncountable(on_epoch=True), data=FullBatchLoader(data), steps=3
-    )
+    module = Uncountable(on_epoch=True)
+    _, metrics = fit(tmp_path, None, None, None, module=module, data=FullBatchLoader(data), steps=3)
     expected, _ = fit(tmp_path, LABELS, None, None, steps=3)
     assert all_equal(module.parameters(), expected.parameters())
     assert metrics["loss"].isfinite()
+
+
+def test_masked_samples_are_weighted_exactly(tmp_path):
+    mask = (torch.rand(103, generator=torch.Generator().manual_seed(3)) < 0.4).float().unsqueeze(1)
+
+    class Masked(Regression):
+        def training_step(self, batch, batch_idx):
+            x, y, mask = batch
+            return ((self.net(x) - y).square() * mask).sum() / mask.sum()
+
+    chosen = mask.flatten() > 0
+    loss, gradient = exact(Masked().net, [t[chosen] for t in DATA])
+    for weight in (lambda batch: batch[2].sum(dim=0), lambda batch: int(batch[2].sum())):
+        module, seen = Masked(), Losses()
+        fit_data(tmp_path, module, 20, (*DATA, mask), callbacks=[seen], full_batch=FullBatch(weight=weight))
+        assert relative_error(module.gradients[0], gradient) < 1e-6  # float32 rounding
+        assert seen.losses[0] == pytest.approx(loss, rel=1e-6)
+
+
+def test_overflowing_weight_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="weight must return a finite number"):
+        fit_data(tmp_path, Regression(), full_batch=FullBatch(weight=lambda batch: 10**400))
+
+
+def test_first_counted_micro_batch_calls_hook(tmp_path):
+    losses = []
+
+    class Seeing(Regression):
+        def on_before_backward(self, loss):
+            losses.append(loss.item())
+
+    x, y = make_data(20)
+    y = torch.where(torch.arange(20).unsqueeze(1) < 7, torch.nan, y)
+    full_batch = FullBatch(weight=lambda batch: batch[1].isfinite().sum())
+    fit_data(tmp_path, Seeing(), 7, (x, y), steps=1, full_batch=full_batch)
+    assert len(losses) == 1

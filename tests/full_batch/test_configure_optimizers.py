@@ -1,4 +1,4 @@
-"""The optimizer as the return value of configure_optimizers: fit, checkpoint, resume, several processes."""
+"""Rprop returned by configure_optimizers: fit, checkpoint, resume, two processes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def torchs(module):
 
 
 @pytest.mark.parametrize(("first", "second"), [(ours, ours), (torchs, ours), (ours, torchs)])
-def test_resumed_run_equals_the_whole_one(first, second, tmp_path):
+def test_resumed_run_equals_whole_run(first, second, tmp_path):
     whole, half, resumed = fit_in_two_parts(tmp_path, ours, first, second, batches=3)
     assert not all_equal(whole, half)
     assert all_equal(whole, resumed)
@@ -47,16 +47,16 @@ if __name__ == "__main__":
     fit.fit(module, Batches(5))
     torch.save(list(module.parameters()), f"{folder}/{strategy}-{fit.global_rank}.pt")
     print(fit.callback_metrics["step_size/mean"].item())
-    if torch.distributed.is_initialized():  # with a group, torch may abort the process at its very end
+    if torch.distributed.is_initialized():  # else torch may abort the process at exit
         torch.distributed.destroy_process_group()
 """
 
 
-def test_two_ddp_processes_with_the_same_data_equal_one(tmp_path):
-    """The mean of two equal gradients is exact, so every bit must agree, on both ranks."""
+def test_two_ddp_processes_equal_one(tmp_path):
+    """The mean of two equal gradients is exact, so both ranks must agree bit for bit."""
     (tmp_path / "script.py").write_text(SCRIPT)
     for processes, strategy in ((1, "auto"), (2, "ddp")):
         path = {"PYTHONPATH": str(HELPERS)}
         run(tmp_path, "script.py", processes, strategy, tmp_path, environment=path, timeout=180)
-    alone, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("auto-0", "ddp-0", "ddp-1"))
-    assert all(all_equal(alone, rank) for rank in ranks)
+    single, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("auto-0", "ddp-0", "ddp-1"))
+    assert all(all_equal(single, rank) for rank in ranks)

@@ -1,34 +1,33 @@
-"""FullBatch(take_over=True): the Trainer's own DataLoader becomes a full batch."""
+"""FullBatch(take_over=True) turns the Trainer's own DataLoader into a full batch."""
 
 import lightning.pytorch as pl
 import pytest
 import pytorch_lightning
 import torch
+from fitting import DATA, Stream
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lit import all_equal, trainer
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
-from whole_set import Regression, exact, make_data, relative_error
+from whole_set import Regression, exact, relative_error
 
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
-DATA = make_data(103)
 DATASET = TensorDataset(*DATA)
 
 
-def fit(folder, loader, module=None, package=pl, epochs=3, **options):
+def fit(folder, loader, module=None, **options):
+    """Train for three epochs; return module and Trainer."""
     module = module or Regression()
-    full_batch = FullBatch(take_over=True)
-    fitter = trainer(folder, [full_batch], package, max_epochs=epochs, **options)
+    fitter = trainer(folder, [FullBatch(take_over=True)], **options)
     fitter.fit(module, loader)
     assert "dataloader" not in vars(fitter.fit_loop._data_source)
     return module, fitter
@@ -40,6 +39,8 @@ IN_ORDER = {
     "FullBatchLoader": lambda: FullBatchLoader(DATASET, 20),
     "drops none": lambda: DataLoader(DATASET, batch_size=103, drop_last=True),
 }
+
+
 SHUFFLED = {
     "shuffle": lambda: DataLoader(DATASET, batch_size=20, shuffle=True),
     "generator": lambda: DataLoader(DATASET, batch_size=20, shuffle=True, generator=torch.Generator()),
@@ -54,22 +55,22 @@ SHUFFLED = {
 @pytest.mark.parametrize("kind", IN_ORDER)
 def test_loader_in_order_is_taken_over(kind, tmp_path):
     module, fitter = fit(tmp_path, IN_ORDER[kind]())
-    assert fitter.global_step == 3  # an epoch is a step
+    assert fitter.global_step == 3  # one per epoch
     assert fitter.num_training_batches == 1
     _, gradient = exact(Regression().net, DATA)
-    assert relative_error(module.gradients[0], gradient) < 1e-6  # float32's rounding
+    assert relative_error(module.gradients[0], gradient) < 1e-6  # float32 rounding
     assert torch.equal(torch.cat(module.targets), DATA[1].flatten().repeat(3))
 
 
 @pytest.mark.parametrize("kind", SHUFFLED)
-def test_shuffling_loader_is_read_in_order_with_a_warning(kind, tmp_path):
+def test_shuffling_is_turned_off_with_a_warning(kind, tmp_path):
     loader = SHUFFLED[kind]()
     sampler = loader.sampler, loader.batch_sampler
     with pytest.warns(UserWarning, match=r"take_over=True\) reads the training DataLoader in order") as caught:
         module, _ = fit(tmp_path, loader)
     assert len([w for w in caught if "in order" in str(w.message)]) == 1
     assert torch.equal(torch.cat(module.targets), DATA[1].flatten().repeat(3))
-    assert (loader.sampler, loader.batch_sampler) == sampler  # the user's own is as it was
+    assert (loader.sampler, loader.batch_sampler) == sampler  # the user's loader is unchanged
 
 
 @pytest.mark.parametrize(
@@ -82,27 +83,23 @@ def test_shuffling_loader_is_read_in_order_with_a_warning(kind, tmp_path):
         (lambda: DataLoader(DATASET, sampler=RandomSampler(DATASET, num_samples=50)), "shuffles"),
     ],
 )
-def test_sampling_that_drops_or_weighs_is_refused(make, message, tmp_path):
+def test_inexact_sampling_is_refused(make, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, make())
 
 
 @pytest.mark.parametrize("loaders", [[IN_ORDER["plain"]()] * 2, {"a": IN_ORDER["plain"]()}, range(3)])
-def test_what_is_no_single_loader_is_refused(loaders, tmp_path):
+def test_anything_but_one_loader_is_refused(loaders, tmp_path):
     with pytest.raises(MisconfigurationException, match=r"takes over one DataLoader, got .*: give the Trainer one"):
         fit(tmp_path, loaders)
 
 
 def test_stream_is_taken_over(tmp_path):
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter(zip(*DATA, strict=True))
-
-    module, _ = fit(tmp_path, DataLoader(Stream(), batch_size=20))
+    module, _ = fit(tmp_path, DataLoader(Stream(*DATA), batch_size=20))
     assert torch.equal(torch.cat(module.targets), DATA[1].flatten().repeat(3))
 
 
-def test_loaders_of_modules_and_datamodules_are_taken_over(tmp_path):
+def test_module_and_datamodule_are_taken_over(tmp_path):
     class Data(pl.LightningDataModule):
         loaders = 0
 
@@ -118,13 +115,13 @@ def test_loaders_of_modules_and_datamodules_are_taken_over(tmp_path):
     ours, _ = fit(tmp_path, data, reload_dataloaders_every_n_epochs=1)
     assert data.loaders == 3
     theirs, _ = fit(tmp_path, None, WithData())
-    expected, _ = fit(tmp_path, FullBatchLoader(DATASET, 21))  # the same cuts, for the last
+    expected, _ = fit(tmp_path, FullBatchLoader(DATASET, 21))
     assert torch.equal(torch.cat(ours.targets), torch.cat(theirs.targets))
     assert all_equal(ours.parameters(), theirs.parameters())
     assert torch.equal(torch.cat(ours.targets), torch.cat(expected.targets))
 
 
-def test_validation_loader_stays_as_it_is(tmp_path):
+def test_validation_loader_is_not_taken_over(tmp_path):
     class Validated(Regression):
         sizes = ()
 
@@ -138,7 +135,7 @@ def test_validation_loader_stays_as_it_is(tmp_path):
     fitter.validate(module, DataLoader(DATASET, batch_size=50), verbose=False)
 
 
-def test_fit_after_it_without_the_callback_trains_on_batches(tmp_path):
+def test_next_fit_without_callback_uses_batches(tmp_path):
     module, fitter = fit(tmp_path, IN_ORDER["plain"]())
     fitter.callbacks = []
     fitter.fit_loop.max_epochs = 4
@@ -146,13 +143,13 @@ def test_fit_after_it_without_the_callback_trains_on_batches(tmp_path):
     assert fitter.global_step == 3 + 6
 
 
-def test_without_take_over_the_error_names_it(tmp_path):
+def test_error_without_take_over_names_it(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"got DataLoader: wrap.*use FullBatch\(take_over=True\)"):
         trainer(tmp_path, [FullBatch()]).fit(Regression(), IN_ORDER["plain"]())
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_trainer_of_pytorch_lightning(tmp_path):
+def test_pytorch_lightning_trainer_works(tmp_path):
     class Plain(pytorch_lightning.LightningModule):
         def __init__(self):
             super().__init__()
@@ -170,4 +167,14 @@ def test_trainer_of_pytorch_lightning(tmp_path):
         trainer(tmp_path, [FullBatch(take_over=True)], pytorch_lightning, max_epochs=4).fit(module, loader)
         ends.append(list(module.inner.net.parameters()))
     for p, q in zip(*ends, strict=True):
-        torch.testing.assert_close(p, q)  # cut otherwise, so rounded otherwise
+        torch.testing.assert_close(p, q)  # other micro-batches, other rounding
+
+
+@pytest.mark.parametrize("limits", [{"limit_train_batches": 2}, {"overfit_batches": 2}, {"limit_train_batches": 0.5}])
+def test_limited_batches_are_refused(limits, tmp_path):
+    loader = IN_ORDER["plain"]()
+    with pytest.raises(MisconfigurationException, match="overfit_batches or limit_train_batches ask for some of them"):
+        trainer(tmp_path, [FullBatch(take_over=True)], max_epochs=1, **limits).fit(Regression(), loader)
+    fitter = trainer(tmp_path, [FullBatch(take_over=True)], fast_dev_run=True)
+    fitter.fit(Regression(), loader)
+    assert fitter.global_step == 1

@@ -1,4 +1,4 @@
-"""Every call of Lightning's closure evaluates the whole set, whoever makes it, with the hooks that Lightning runs."""
+"""Every call of Lightning's closure evaluates the whole set and runs the usual hooks."""
 
 import copy
 from itertools import pairwise
@@ -6,29 +6,29 @@ from itertools import pairwise
 import lightning.pytorch as pl
 import pytest
 import torch
+from fitting import DATA as FLOATS
+from fitting import Losses
+from fitting import fit as fit_steps
 from lit import all_equal, trainer
-from torch import nn
-from whole_set import Regression, exact, make_data, relative_error
+from whole_set import Regression, exact, network, relative_error
 
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
-DATA = tuple(t.double() for t in make_data(103))
+DATA = tuple(t.double() for t in FLOATS)
 SIZES = (None, 10)
 
 
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+def double():
+    return network().double()
 
 
-def fit(folder, module, size, callbacks=(), epochs=6, **options):
-    fitter = trainer(folder, [*callbacks, FullBatch(**options)], max_epochs=epochs)
-    fitter.fit(module, FullBatchLoader(DATA, size))
-    return fitter
+def fit(folder, module, size, callbacks=(), steps=6):
+    fit_steps(folder, module, size, DATA, steps, callbacks, per_epoch=1)
 
 
-def loop(net, make, switch_at, epochs=6):
-    """The loop by hand, with the second optimizer from one epoch on."""
+def loop(make, switch_at, epochs=6):
+    """Train in a plain loop that switches from Adam to a second optimizer; return the parameters."""
+    net = double()
     x, y = DATA
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
 
@@ -67,7 +67,7 @@ def by_setup_optimizers(trainer, module, optimizer):
 
 
 class Switch(pl.Callback):
-    """Replaces the optimizer at one hook, in epoch 2."""
+    """Replaces the optimizer in one hook, in epoch 2."""
 
     def __init__(self, make, how, hook):
         self.make, self.how, self.done = make, how, False
@@ -82,23 +82,23 @@ class Switch(pl.Callback):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("second", SECOND)
 @pytest.mark.parametrize("how", [by_trainer, by_strategy, by_setup_optimizers])
-def test_replaced_optimizer_gets_the_whole_set(how, second, size, tmp_path):
-    module = Regression(lambda params: torch.optim.Adam(params, lr=1e-2), net=network())
+def test_new_optimizer_gets_the_whole_set(how, second, size, tmp_path):
+    module = Regression(lambda params: torch.optim.Adam(params, lr=1e-2), net=double())
     fit(tmp_path, module, size, [Switch(SECOND[second], how, "on_train_epoch_start")])
-    expected = loop(network(), SECOND[second], 2)
+    expected = loop(SECOND[second], 2)
     if size is None:
         assert all_equal(module.parameters(), expected)
-    else:  # float64's rounding, which LBFGS and Adam amplify
+    else:  # float64 rounding, amplified by LBFGS and Adam
         for p, q in zip(module.parameters(), expected, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step"])
-def test_optimizer_replaced_within_a_step(hook, tmp_path):
-    module = Regression(lambda params: torch.optim.Adam(params, lr=1e-2), net=network())
+def test_optimizer_may_change_within_a_step(hook, tmp_path):
+    module = Regression(lambda params: torch.optim.Adam(params, lr=1e-2), net=double())
     fit(tmp_path, module, None, [Switch(SECOND["LBFGS"], by_trainer, hook)])
-    # Lightning has chosen the step's optimizer when the second hook is called
-    expected = loop(network(), SECOND["LBFGS"], 2 if hook == "on_train_batch_start" else 3)
+    # Lightning chooses the optimizer of a step between the two hooks
+    expected = loop(SECOND["LBFGS"], 2 if hook == "on_train_batch_start" else 3)
     if hook == "on_train_batch_start":
         assert all_equal(module.parameters(), expected)
     else:
@@ -106,18 +106,18 @@ def test_optimizer_replaced_within_a_step(hook, tmp_path):
             torch.testing.assert_close(p, q)
 
 
-def test_replacement_by_two_optimizers_is_an_error(tmp_path):
+def test_two_new_optimizers_are_refused(tmp_path):
     class Two(pl.Callback):
         def on_train_epoch_start(self, trainer, module):
             if trainer.current_epoch == 1:
                 trainer.optimizers = [Rprop(module.parameters()), Rprop(module.parameters())]
 
     with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match=r"needs one optimizer.*has 2"):
-        fit(tmp_path, Regression(net=network()), None, [Two()])
+        fit(tmp_path, Regression(net=double()), None, [Two()])
 
 
 class Sam(Regression):
-    """Sharpness-aware minimization: the gradient at a point further up decides."""
+    """Sharpness-aware minimization: steps with the gradient of a point uphill."""
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
         self.first = optimizer_closure().item()
@@ -127,7 +127,7 @@ class Sam(Regression):
                 p.add_(e)
         self.second = optimizer_closure().item()
         self.gradient = [p.grad.clone() for p in self.parameters()]
-        self.there = [copy.deepcopy(self.net)]  # not as a module of this one
+        self.uphill = [copy.deepcopy(self.net)]  # in a list, so that it is not registered as a submodule
         with torch.no_grad():
             for p, e in zip(self.parameters(), moved, strict=True):
                 p.sub_(e)
@@ -135,21 +135,21 @@ class Sam(Regression):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_closure_called_twice_evaluates_the_whole_set_twice(size, tmp_path):
-    module = Sam(net=network())
-    fit(tmp_path, module, size, epochs=1)
-    assert module.first == pytest.approx(exact(network(), DATA)[0], rel=1e-12)
-    loss, gradient = exact(module.there[0], DATA)
+def test_every_closure_call_sees_the_whole_set(size, tmp_path):
+    module = Sam(net=double())
+    fit(tmp_path, module, size, steps=1)
+    assert module.first == pytest.approx(exact(double(), DATA)[0], rel=1e-12)
+    loss, gradient = exact(module.uphill[0], DATA)
     assert module.second == pytest.approx(loss, rel=1e-12)
-    assert relative_error(module.gradient, gradient) < 1e-12  # float64's rounding
+    assert relative_error(module.gradient, gradient) < 1e-12  # float64 rounding
     assert len(module.targets) == 3 * (1 if size is None else 11)
 
 
 class Masking(Regression):
-    """One weight of the first layer is to stay where it is."""
+    """Keeps one entry of the first weight fixed by zeroing its gradient in a hook."""
 
     def __init__(self, make, hook):
-        super().__init__(make, net=network())
+        super().__init__(make, net=double())
         self.calls = 0
         setattr(self, hook, self.mask)
 
@@ -169,7 +169,7 @@ class MaskingCallback(pl.Callback):
 @pytest.mark.parametrize("make", [SECOND["LBFGS"], SECOND["max_iter"], Rprop])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping"])
-def test_hooks_change_gradients_at_each_evaluation(hook, size, make, tmp_path):
+def test_hooks_may_change_every_gradient(hook, size, make, tmp_path):
     owners = ["module"] if hook == "configure_gradient_clipping" else ["module", "callback"]
     for owner in owners:
         module = Masking(make, hook if owner == "module" else "unused")
@@ -181,7 +181,7 @@ def test_hooks_change_gradients_at_each_evaluation(hook, size, make, tmp_path):
         assert module.calls == evaluations
 
 
-def test_hooks_run_in_lightnings_order(tmp_path):
+def test_hooks_run_in_lightning_order(tmp_path):
     names = ("on_before_zero_grad", "optimizer_zero_grad", "on_before_backward", "backward", "on_after_backward")
     names += ("on_before_optimizer_step", "configure_gradient_clipping")
 
@@ -200,24 +200,24 @@ def test_hooks_run_in_lightnings_order(tmp_path):
                 return getattr(super(Module, self), name)(*args, **kwargs)
 
             setattr(Module, name, hook)
-        module = Module(lambda params: Rprop(params, max_iter=2), net=network())
+        module = Module(lambda params: Rprop(params, max_iter=2), net=double())
         trainer(tmp_path, callbacks, max_epochs=2).fit(module, loader)
         return seen
 
     whole = FullBatchLoader(DATA)
-    assert calls(whole, [FullBatch()]) == calls(whole, [])  # which gives all of the data without FullBatch, too
+    assert calls(whole, [FullBatch()]) == calls(whole, [])  # without micro-batches the loader needs no FullBatch
 
 
-def test_batch_changed_in_a_hook_is_evaluated_each_time(tmp_path):
+def test_batch_changed_by_a_hook_stays_changed(tmp_path):
     class Shift(pl.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            batch[0] = batch[0] + 1  # a list: Lightning's batch, not the held data
+            batch[0] = batch[0] + 1  # changes the list, not the held tensor
 
     x, y = DATA
-    module = Regression(SECOND["LBFGS"], net=network())
+    module = Regression(SECOND["LBFGS"], net=double())
     fitter = trainer(tmp_path, [Shift(), FullBatch()], max_epochs=3)
     fitter.fit(module, FullBatchLoader([x, y]))
-    net = network()
+    net = double()
     optimizer = SECOND["LBFGS"](net.parameters())
 
     def closure():
@@ -231,14 +231,42 @@ def test_batch_changed_in_a_hook_is_evaluated_each_time(tmp_path):
     assert all_equal(module.parameters(), net.parameters())
 
 
-def test_losses_fall_after_a_switch_to_lbfgs(tmp_path):
-    losses = []
-
-    class Losses(pl.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            losses.append(outputs["loss"].item())
-
-    module = Regression(lambda params: torch.optim.Adam(params, lr=1e-2), net=network())
+def test_loss_falls_after_switching_to_lbfgs(tmp_path):
+    seen = Losses()
+    module = Regression(lambda params: torch.optim.Adam(params, lr=1e-2), net=double())
     switch = Switch(SECOND["LBFGS"], by_trainer, "on_train_epoch_start")
-    fit(tmp_path, module, 10, [switch, Losses()], epochs=8)
-    assert all(b < a for a, b in pairwise(losses))  # with the first micro-batch alone LBFGS diverges
+    fit(tmp_path, module, 10, [switch, seen], steps=8)
+    assert all(b < a for a, b in pairwise(seen.losses))  # LBFGS diverges if it sees only the first micro-batch
+
+
+def test_transfer_hooks_see_every_micro_batch(tmp_path):
+    class Transferring(Regression):
+        calls = ()
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            self.calls += ("before",)
+            return batch
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            self.calls += ("after",)
+            return [batch[0] + 1, batch[1]]
+
+    module = Transferring()
+    _, gradient = exact(module.net, (FLOATS[0] + 1, FLOATS[1]))
+    fit_steps(tmp_path, module, 50, steps=2)
+    assert module.calls == ("before", "after") * 6
+    assert relative_error(module.gradients[0], gradient) < 1e-6  # float32 rounding
+
+
+def test_base_class_named_like_lightnings_counts(tmp_path):
+    class LightningModule(Regression):
+        calls = 0
+
+        def on_after_backward(self):
+            LightningModule.calls += 1
+
+    class Derived(LightningModule):
+        pass
+
+    fit_steps(tmp_path, Derived(), steps=4)
+    assert LightningModule.calls == 4
