@@ -108,7 +108,9 @@ def test_parameters_are_not_published(tmp_path):
 
 def test_a_pattern_that_fits_nothing_is_an_error(tmp_path):
     fit = trainer(tmp_path, [monitor(per_parameter=["net.0.*", "net.1.*"])])
-    with pytest.raises(MisconfigurationException, match=r"per_parameter: 'net.1.\*' fits none .*: net.0.weight, net.0"):
+    with pytest.raises(
+        MisconfigurationException, match=r"per_parameter: 'net.1.\*' matches none .*: net.0.weight, net.0"
+    ):
         fit.fit(Net(ours), Batches(1))
     assert fit.global_step == 0
 
@@ -158,13 +160,13 @@ def test_nothing_is_computed_at_other_steps(log_every_n_steps, tmp_path, monkeyp
 
         return call
 
-    for name in ("look", "measure"):
+    for name in ("summarize_gradients", "measure"):
         monkeypatch.setattr(f"lightning_rprop.monitor.callback.{name}", spy(name))
     log = Recorder()
     fit = trainer(tmp_path, [monitor()], logger=log, log_every_n_steps=log_every_n_steps, max_epochs=2)
     fit.fit(Net(ours), Batches(5))
-    records = [("look", 6), ("measure", 7)] if log_every_n_steps else []
-    assert seen == [*records, ("look", 9), ("measure", 10)]
+    records = [("summarize_gradients", 6), ("measure", 7)] if log_every_n_steps else []
+    assert seen == [*records, ("summarize_gradients", 9), ("measure", 10)]
     assert [step for step, _ in log.records()] == ([6] if log_every_n_steps else [])
 
 

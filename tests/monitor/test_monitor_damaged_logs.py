@@ -103,7 +103,7 @@ def test_unusual_file_is_read(content, keys, folder):
 def test_file_without_a_record_is_named(content, folder, capsys):
     (folder / "metrics.csv").write_bytes(content)
     message = error_of(folder, capsys)
-    assert f"{folder / 'metrics.csv'} holds no step and step size together (keys 'step' and 'step_size/...')" in message
+    assert f"{folder / 'metrics.csv'} has no step with a step size (keys 'step' and 'step_size/...')" in message
 
 
 def test_empty_file_is_named_by_its_folder(folder, capsys):
@@ -131,7 +131,7 @@ def test_damaged_event_file_is_named(folder, capsys):
 @pytest.mark.parametrize("content", [KEY.encode(), KEY.encode() * 1000, b"\xff" * 100 + KEY.encode()])
 def test_file_that_holds_no_events_is_named(content, folder, capsys):
     (folder / "events.out.tfevents.1.host").write_bytes(content)
-    assert f"{folder} holds no step and step size together" in error_of(folder, capsys)
+    assert f"{folder} has no step with a step size" in error_of(folder, capsys)
 
 
 def test_unreadable_folder_below_is_named(folder, capsys, monkeypatch):

@@ -88,7 +88,7 @@ def test_module_that_grows_is_shown_by_name(tmp_path):
 def test_pattern_that_fits_no_parameter_is_refused(tmp_path):
     module = Staged()
     module.more = torch.nn.ParameterList(torch.zeros(1) for _ in range(30))
-    with pytest.raises(MisconfigurationException, match=r"'head.\*' fits none .*: net.weight, .* and 14 more$"):
+    with pytest.raises(MisconfigurationException, match=r"'head.\*' matches none .*: net.weight, .* and 14 more$"):
         fit(tmp_path, module, [Joining()], per_parameter=["net.*", "head.*"])
 
 

@@ -528,7 +528,7 @@ def test_a_picture_is_saved_in_the_format_of_its_suffix(name, start, tmp_path):
 @pytest.mark.parametrize("name", ["new/a.xyz", "new/a"])
 def test_an_unknown_suffix_is_refused_before_anything_is_written(name, tmp_path):
     fig, _ = plot_series(series(["a"]))
-    with pytest.raises(ValueError, match=rf"the suffix of '.*{name}' must tell the format .*png"):
+    with pytest.raises(ValueError, match=rf"the suffix of '.*{name}' must be a picture format: .*png"):
         save(fig, str(tmp_path / name))
     assert list(tmp_path.iterdir()) == []
 
