@@ -1,4 +1,4 @@
-"""Draw a run: ``python -m lightning_rprop.monitor RUN_FOLDER -o picture.png``."""
+"""The plot command: ``python -m lightning_rprop.monitor RUN_FOLDER -o picture.png``."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from lightning_rprop.monitor.plot import plot_run, printable, save
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the picture, and print where it is.
+    """Draw a run and print the path of the picture.
 
     Args:
-        argv: The command's arguments; those of the process if None.
+        argv: Command-line arguments, by default those of the process.
     """
     parser = argparse.ArgumentParser(
         prog="python -m lightning_rprop.monitor",
-        description="Draw the loss and the step sizes of a run that was trained with StepSizeMonitor.",
+        description="Draw the loss and the step sizes of a run trained with StepSizeMonitor.",
     )
     parser.add_argument(
         "run_folder",
         metavar="RUN_FOLDER",
-        help="where CSVLogger or TensorBoardLogger wrote, such as lightning_logs/version_0",
+        help="log folder of CSVLogger or TensorBoardLogger, such as lightning_logs/version_0",
     )
     parser.add_argument(
         "-o",
         "--output",
         metavar="PICTURE",
         default="step_sizes.png",
-        help="what to write; the suffix tells the format, such as .png, .pdf or .svg (default: %(default)s)",
+        help="file to write; the suffix sets the format, such as .png, .pdf or .svg (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
-    os.environ["MPLBACKEND"] = "agg"  # no window is opened; what a notebook set may not exist here
+    os.environ["MPLBACKEND"] = "agg"  # draw without a window; a backend set by a notebook may not be installed here
     try:
         fig, _ = plot_run(arguments.run_folder)
         save(fig, arguments.output)

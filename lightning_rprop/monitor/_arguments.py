@@ -1,4 +1,4 @@
-"""Checks of the monitor's arguments: each error names the argument, the value and what to pass."""
+"""Checks of the monitor's arguments. Each error names the argument, its value and a valid one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from lightning_rprop.monitor._names import STATISTICS, quantile_of
+from lightning_rprop.monitor._names import STATISTICS, quantile_level
 
 
 def check_interval(logging_interval: Any, every_n_steps: Any) -> int | None:
-    """Return the optimizer steps between two records as an ``int``, or ``None`` to follow the Trainer."""
+    """Return ``every_n_steps`` as an ``int``, or ``None`` to follow the Trainer."""
     if logging_interval not in (None, "step", "epoch"):
         raise ValueError(f"logging_interval must be 'step', 'epoch' or None, got {logging_interval!r}")
     if every_n_steps is None:
@@ -57,14 +57,14 @@ def check_patterns(value: Any) -> bool | tuple[str, ...]:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Return an on-off argument as a ``bool``."""
+    """Return a flag as a ``bool``."""
     if not _is_flag(value):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str], origin: str = "") -> tuple[str, ...]:
-    """Return some of the choices as a tuple; ``origin`` is the argument that the choices come from."""
+    """Return a selection of the choices as a tuple; ``origin`` names the argument that lists them."""
     chosen, choices = _as_strings(value), [*choices]
     if chosen is None or not set(chosen) <= set(choices):
         known = f"{origin}={choices}" if origin else ", ".join(choices)
@@ -74,7 +74,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str], origin: str = ""
 
 
 def _as_integer(value: Any) -> int:
-    """Return an integer of any type, NumPy's too, as an ``int``; 0 for anything else."""
+    """Return an integer of any type (NumPy included) as an ``int``, and 0 for anything else."""
     try:
         return 0 if _is_flag(value) else operator.index(value)
     except TypeError:
@@ -82,7 +82,7 @@ def _as_integer(value: Any) -> int:
 
 
 def _is_statistic(name: str) -> bool:
-    return name in STATISTICS or quantile_of(name) is not None
+    return name in STATISTICS or quantile_level(name) is not None
 
 
 def _is_flag(value: Any) -> bool:
@@ -90,7 +90,7 @@ def _is_flag(value: Any) -> bool:
 
 
 def _as_strings(value: Any) -> tuple[str, ...] | None:
-    """Return an iterable of strings as a tuple, ``None`` for anything else."""
+    """Return an iterable of strings as a tuple, and ``None`` for anything else."""
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         return None
     strings = tuple(value)

@@ -1,4 +1,4 @@
-"""Read back what a run has logged, from its folder."""
+"""Reading a run's logs from its folder."""
 
 from __future__ import annotations
 
@@ -13,43 +13,42 @@ from typing import TypeAlias
 
 from lightning_rprop.monitor._names import PREFIX
 
-# Logged key -> its steps, rising, and its values.
+# Key to its steps, in ascending order, and its values.
 Series: TypeAlias = dict[str, tuple[list[int], list[float]]]
 
 _CSV = "metrics.csv"
 
 
 def read_series(folder: str | Path) -> Series:
-    """Read everything that a run logged as numbers.
+    """Read all numbers that a run logged.
 
     Args:
-        folder: Where Lightning's ``CSVLogger`` or ``TensorBoardLogger`` wrote, such as
-            ``lightning_logs/version_0``; the CSV is taken if both did. A folder above it will do as long as only one
-            run below logged step sizes.
+        folder: The log folder of a ``CSVLogger`` or ``TensorBoardLogger``, such as ``lightning_logs/version_0``. If
+            both wrote there, the CSV file is read. A parent folder works if only one run below it logged step sizes.
 
     Returns:
-        ``{key: (steps, values)}``. Of two values for the same step the later one counts, as after a resume. Keys
-        come in the order of their first appearance in TensorBoard's files; a ``metrics.csv`` does not keep that
-        order, its keys are sorted, 2 before 10. TensorBoard keeps single precision.
+        ``{key: (steps, values)}``. If a step was logged twice, as after a resume, the later value is returned. Keys
+        from TensorBoard are in order of appearance. Keys from ``metrics.csv``, which does not keep that order, are
+        in natural sort order (2 before 10). TensorBoard stores single precision.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no log in it or below.
-        ValueError: If no run has logged step sizes, several have, or a log is damaged.
-        ModuleNotFoundError: If TensorBoard is needed and not installed.
+        FileNotFoundError: If the folder does not exist, or there is no log in it or below it.
+        ValueError: If no run or more than one run logged step sizes, or a log is damaged.
+        ModuleNotFoundError: If TensorBoard is needed but not installed.
     """
     run = _find_run(Path(folder))
     read, source = (_read_csv, run / _CSV) if _holds_step_sizes(run / _CSV) else (_read_events, run)
     series = read(source)
     if not any(key.startswith(PREFIX) for key in series):
         raise ValueError(
-            f"{source} holds no step and step size together (keys 'step' and '{PREFIX}...'). Train long enough for "
+            f"{source} has no step with a step size (keys 'step' and '{PREFIX}...'). Train long enough for "
             "StepSizeMonitor to record, or name the folder of another run"
         )
     return series
 
 
 def _find_run(folder: Path) -> Path:
-    """Find the one folder that has logged step sizes: this one, or else one below."""
+    """Return the folder of the only run with step sizes: this folder, or one below it."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; name the folder that the Trainer's logger wrote to")
     logs = {folder: _logs(folder)}
@@ -67,7 +66,7 @@ def _find_run(folder: Path) -> Path:
     if not runs:
         raise ValueError(
             f"the logs in {folder} hold no step sizes (keys '{PREFIX}...'); "
-            "train with Trainer(callbacks=[StepSizeMonitor()]), and long enough for it to log"
+            "train with Trainer(callbacks=[StepSizeMonitor()]), long enough for it to record"
         )
     if len(runs) > 1:
         names = [str(run.relative_to(folder)) for run in runs[:10]]
@@ -82,12 +81,12 @@ def _folders_below(folder: Path, on_error: Callable[[OSError], None]) -> list[Pa
 
 
 def _logs(folder: Path) -> list[Path]:
-    """The files with logs; TensorBoard too knows its own by this part of the name."""
+    """List the log files; TensorBoard recognizes its files by the same part of the name."""
     return [file for file in folder.iterdir() if (file.name == _CSV or "tfevents" in file.name) and file.is_file()]
 
 
 def _holds_step_sizes(file: Path) -> bool:
-    """Tell without parsing, as there may be many runs to choose from; event files too hold keys as plain text."""
+    """Search a file for step size keys without parsing it; event files hold keys as plain text too."""
     if not file.is_file():
         return False
     with file.open("rb") as lines:
@@ -97,14 +96,14 @@ def _holds_step_sizes(file: Path) -> bool:
 def _read_csv(file: Path) -> Series:
     try:
         return _parse_csv(file, encoding="utf-8-sig")
-    except UnicodeDecodeError:  # Lightning writes in the encoding of the platform; numbers are the same in all of them
+    except UnicodeDecodeError:  # Lightning writes in the platform's encoding; digits are the same in all of them
         return _parse_csv(file, encoding="latin-1")
 
 
 def _parse_csv(file: Path, encoding: str) -> Series:
     found: dict[str, dict[int, float]] = defaultdict(dict)
     with file.open(newline="", encoding=encoding) as lines:
-        rows = csv.DictReader(line.replace("\0", "") for line in lines)  # a crash of the machine may leave zeros
+        rows = csv.DictReader(line.replace("\0", "") for line in lines)  # a machine crash may leave zero bytes
         try:
             for row in rows:
                 step = _number(row.pop("step", None))
@@ -116,10 +115,9 @@ def _parse_csv(file: Path, encoding: str) -> Series:
                     if (value := _number(cell)) is not None:
                         found[key][int(step)] = value
         except csv.Error as error:
-            raise ValueError(
-                f"{file}, line {rows.line_num + 1}: {error}. Remove that line"
-            ) from error  # after the last
-    # Lightning sorts the columns by the alphabet, where layer 10 comes before layer 2
+            line = rows.line_num + 1  # line_num is the last line that could be read
+            raise ValueError(f"{file}, line {line}: {error}. Remove that line") from error
+    # Lightning sorts the columns alphabetically, layer 10 before layer 2
     return {key: _sorted(found[key]) for key in sorted(found, key=_natural)}
 
 
@@ -128,14 +126,14 @@ def _read_events(folder: Path) -> Series:
         from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{folder} holds TensorBoard event files, which need TensorBoard to be read: pip install tensorboard"
+            f"{folder} holds TensorBoard event files, and reading them needs TensorBoard: pip install tensorboard"
         ) from error
-    # every scalar, not a sample of 10000, and nothing else
+    # all scalars (the default is a sample of 10,000), and nothing else
     sizes = dict.fromkeys(event_accumulator.DEFAULT_SIZE_GUIDANCE, 1) | {event_accumulator.SCALARS: 0}
     events = event_accumulator.EventAccumulator(str(folder), size_guidance=sizes)
     try:
         events.Reload()
-    except Exception as error:  # TensorBoard declares none; it stops at a cut-off record by itself
+    except Exception as error:  # TensorBoard documents none; truncated files raise no error
         files = ", ".join(sorted(file.name for file in _logs(folder) if file.name != _CSV))
         raise ValueError(f"TensorBoard cannot read {folder} ({files}): {error}. Remove the damaged file") from error
     keys = events.Tags()[event_accumulator.SCALARS]
@@ -148,7 +146,7 @@ def _sorted(values: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def _number(cell: object) -> float | None:
-    """Return the number in a cell, ``None`` if it is blank, a text, or cut off where a run was killed."""
+    """Return the number in a cell, or ``None`` if it is blank, text, or truncated because the run was killed."""
     try:
         return float(cell) if isinstance(cell, str) else None
     except ValueError:

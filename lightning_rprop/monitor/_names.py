@@ -1,14 +1,14 @@
-"""What can be logged, and by which names; without torch, as configs and pictures need the names alone."""
+"""Names of the statistics and of logged values; imports no torch, because configs and plots need only the names."""
 
 from __future__ import annotations
 
 import re
 from functools import cache
 
-# What each key begins with.
+# The start of every key.
 PREFIX = "step_size/"
 
-# What can be asked for, beside quantiles.
+# All statistics except quantiles.
 STATISTICS = (
     "mean",
     "min",
@@ -23,7 +23,7 @@ STATISTICS = (
     "zero_gradient",
     "nonfinite_gradient",
 )
-# Those that one pass over memory gives.
+# Those that need neither a sort nor logarithms.
 DEFAULT = tuple(name for name in STATISTICS if name not in ("median", "std_log10"))
 
 # The name of a quantile, in per cent.
@@ -31,20 +31,20 @@ QUANTILE = re.compile(r"q(\d+(?:\.\d+)?)")
 
 
 @cache
-def quantile_of(statistic: str) -> float | None:
-    """Give the share that a name asks the quantile of: 0.5 for ``"median"``, 0.025 for ``"q2.5"``, else ``None``."""
+def quantile_level(statistic: str) -> float | None:
+    """Return the level of a quantile: 0.5 for ``"median"``, 0.025 for ``"q2.5"``, ``None`` for other statistics."""
     if statistic == "median":
         return 0.5
     match = QUANTILE.fullmatch(statistic)
-    share = float(match[1]) / 100 if match else 2.0
-    return share if share <= 1 else None
+    level = float(match[1]) / 100 if match else 2.0
+    return level if level <= 1 else None
 
 
 def key_of(name: str, statistic: str) -> str:
-    """Give the key of a statistic.
+    """Return the key of a logged value.
 
     Args:
-        name: of a parameter or a group, ``""`` for all parameters.
-        statistic: its name.
+        name: Name of a parameter or group, ``""`` for all parameters.
+        statistic: Name of the statistic.
     """
     return f"{PREFIX}{name}/{statistic}" if name else PREFIX + statistic

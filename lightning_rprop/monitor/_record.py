@@ -1,77 +1,77 @@
-"""One record: the statistics of all step sizes, of groups and of parameters, with one transfer to the host."""
+"""One record: statistics of all step sizes, of groups and of single parameters, with one transfer to the host."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_rprop.monitor import _statistics as statistics
-from lightning_rprop.monitor._names import quantile_of
+from lightning_rprop.monitor._names import quantile_level
 from lightning_rprop.monitor._rows import Row, gradients_of, state_of
 from lightning_rprop.optim._sharding import is_slice
 
-# Bins of a histogram: at the usual bounds nearly eight to a factor of ten.
+# Histogram bins: about eight per factor of ten at the default bounds.
 _BINS = 60
 
-# What a record is of: all parameters, a group, or one parameter; its name, and "" for all.
+# What a statistic covers: "total", "group" or "parameter", and the name of the group or parameter.
 Scope = tuple[str, str]
 TOTAL: Scope = ("total", "")
 
 
 class Plan(NamedTuple):
-    """What is asked for."""
+    """What a record contains."""
 
     statistics: Sequence[str]
     per_group: bool
-    parameters: frozenset[str]  # names of those that are shown one by one
+    parameters: frozenset[str]  # names of those with statistics of their own
     histogram: bool
 
     @property
     def quantiles(self) -> dict[str, float]:
-        """The quantiles among the statistics: share by name."""
-        shares = {name: quantile_of(name) for name in self.statistics}
-        return {name: share for name, share in shares.items() if share is not None}
+        """The levels of the quantiles among the statistics, by name."""
+        levels = {name: quantile_level(name) for name in self.statistics}
+        return {name: level for name, level in levels.items() if level is not None}
 
 
-class Look(NamedTuple):
-    """The gradients just before a step, compared with those of the step before."""
+class GradientSummary(NamedTuple):
+    """Counts of gradient signs just before a step."""
 
     rows: list[Row]
-    counts: Tensor  # a part of a table, on the gradients' device
+    table: Tensor  # the GRADIENTS rows of a table, on the gradients' device
 
 
 class Histogram(NamedTuple):
-    """How many step sizes have which log10."""
+    """Counts of step sizes by log10."""
 
     edges: list[float]  # one more than counts
     counts: list[float]
 
 
 class Record(NamedTuple):
-    """What was measured."""
+    """The measured values."""
 
-    statistics: dict[Scope, dict[str, float]]  # by their names, those asked for
+    statistics: dict[Scope, dict[str, float]]  # only those in the plan
     histograms: dict[Scope, Histogram]
-    total: dict[str, float]  # all there are, but for quantiles, of all parameters
-    zero_in_half: float  # share of exact zeros among the gradients of float16 parameters; NaN without one
+    total: dict[str, float]  # every statistic of all parameters, without quantiles
+    zero_in_half: float  # share of exact zeros among the gradients of float16 parameters; NaN without any
     loss: float | None
 
 
 @torch.no_grad()
-def look(rows: Iterable[Row]) -> Look | None:
-    """Look at the gradients of some parameters; without a word if there are none."""
-    found = [row for row in rows if row.param.grad is not None]
-    return Look(found, statistics.gradient_table(gradients_of(found))) if found else None
+def summarize_gradients(rows: Iterable[Row]) -> GradientSummary | None:
+    """Count the signs of the rows' gradients; return ``None`` if there are no gradients."""
+    rows = [row for row in rows if row.param.grad is not None]
+    return GradientSummary(rows, statistics.gradient_table(gradients_of(rows))) if rows else None
 
 
 @torch.no_grad()
 def measure(
     rows: Sequence[Row],
-    looks: Iterable[Look],
+    gradients: Iterable[GradientSummary],
     plan: Plan,
     loss: Tensor | None = None,
     gather: Callable[[Tensor], Tensor] | None = None,
@@ -80,77 +80,82 @@ def measure(
 
     Args:
         rows: All parameters, the same on every process.
-        looks: What :func:`look` saw before the step. A look at an optimizer that was replaced since is ignored.
-        plan: What is asked for.
+        gradients: Summaries from before the step. One of an optimizer that has been replaced since is ignored.
+        plan: What the record contains.
         loss: The loss of the step, which is moved to the host with the rest.
-        gather: Makes ``(processes, n)`` of every process's ``(n,)``, called once, where the processes hold different
-            parts of the step sizes; a parameter then counts where its row says so.
+        gather: All-gathers a tensor ``(n,)`` as ``(processes, n)``. Pass it if the processes hold different parts of
+            the step sizes; it is called once, and only rows with ``is_counted`` are measured here.
 
     Returns:
-        The record, or ``None`` if there are no step sizes (yet).
+        The record, or ``None`` if there are no step sizes yet.
     """
     if not rows:
         return None
-    here = [i for i, row in enumerate(rows) if row.counts or gather is None]
-    states = zip(here, state_of([rows[i] for i in here], "step_size"), strict=True)
-    step_sizes = {i: found for i, found in states if found is not None}
-    device = next((found.device for found in step_sizes.values()), rows[0].param.device)
-    bounds = [row.options["step_sizes"] for row in rows]
-    edges = _edges(bounds) if plan.histogram else []
+    counted = [i for i, row in enumerate(rows) if row.is_counted or gather is None]
+    states = zip(counted, state_of([rows[i] for i in counted], "step_size"), strict=True)
+    step_sizes = {i: state for i, state in states if state is not None}
+    device = next((state.device for state in step_sizes.values()), rows[0].param.device)
+    edges = _edges([row.options["step_sizes"] for row in rows]) if plan.histogram else []
+    levels = [*plan.quantiles.values()]
     scopes = _scopes(rows, plan)
-    shares = [*plan.quantiles.values()]
 
-    table = statistics.empty_table(len(rows), device)
-    if step_sizes:
-        logs = "std_log10" in plan.statistics
-        sums = statistics.step_size_table([*step_sizes.values()], [bounds[i] for i in step_sizes], logs=logs)
-        table[statistics.STEP_SIZES, _columns([*step_sizes], len(rows))] = sums.to(device)
-    places = {(id(row.optimizer), id(row.param)): i for i, row in enumerate(rows)}
-    for seen in looks:
-        found = [places.get((id(row.optimizer), id(row.param))) for row in seen.rows]
-        columns = [place for place in found if place is not None]
-        if len(columns) == len(found):
-            table[statistics.GRADIENTS, _columns(columns, len(rows))] = seen.counts.to(device)
-
-    parts: dict[tuple[str, Scope], Tensor] = {("table", TOTAL): table}
+    parts: dict[tuple[str, Scope], Tensor] = {("table", TOTAL): _table(rows, step_sizes, gradients, plan, device)}
     for scope, members in scopes.items():
-        inside = [step_sizes[i] for i in members if i in step_sizes]
-        if shares:
-            parts["quantiles", scope] = _quantiles(shares, inside, [rows[i] for i in members], gather is not None)
+        tensors = [step_sizes[i] for i in members if i in step_sizes]
+        if levels and gather is None:
+            parts["quantiles", scope] = _quantiles(tensors, levels)
+        elif levels:
+            parts["quantiles", scope] = statistics.sketch(tensors, _sketch_size([rows[i].param for i in members]))
         if plan.histogram:
-            parts["histogram", scope] = statistics.histogram(inside, edges[0], edges[-1], _BINS)
+            parts["histogram", scope] = statistics.histogram(tensors, edges[0], edges[-1], _BINS)
     if loss is not None:
         parts["loss", TOTAL] = loss.detach().reshape(1)
 
-    packed = torch.cat([part.to(device, table.dtype).flatten() for part in parts.values()])
-    everywhere = (packed.unsqueeze(0) if gather is None else gather(packed)).cpu().double().numpy()
-    got, end = {}, 0
+    dtype = parts["table", TOTAL].dtype
+    packed = torch.cat([part.to(device, dtype).flatten() for part in parts.values()])
+    gathered = (packed.unsqueeze(0) if gather is None else gather(packed)).cpu().double().numpy()
+    arrays, end = {}, 0
     for key, part in parts.items():
-        begin, end = end, end + part.numel()
-        got[key] = everywhere[:, begin:end].reshape(-1, *part.shape)
-    return _read(rows, plan, scopes, edges, got)
+        start, end = end, end + part.numel()
+        arrays[key] = gathered[:, start:end].reshape(-1, *part.shape)
+    return _read(rows, plan, scopes, edges, arrays)
 
 
-def _columns(places: list[int], n: int) -> list[int] | slice:
-    """Give an index for some of ``n`` columns, which are in their order; a slice takes less time where it is all."""
-    return slice(None) if len(places) == n else places
-
-
-def _quantiles(
-    shares: Sequence[float], step_sizes: Sequence[Tensor], members: Sequence[Row], are_parts: bool
+def _table(
+    rows: Sequence[Row],
+    step_sizes: Mapping[int, Tensor],
+    gradients: Iterable[GradientSummary],
+    plan: Plan,
+    device: torch.device,
 ) -> Tensor:
-    """Find the quantiles of step sizes; where they are parts, describe them for the other processes."""
-    if not are_parts:
-        if not any(map(Tensor.numel, step_sizes)):
-            return torch.full((len(shares),), torch.nan)
-        return statistics.quantiles(step_sizes, shares)
-    size = statistics.SKETCH  # the same on all processes, of which none knows how much of a slice the others have
-    if not any(is_slice(row.param) for row in members):
-        size = min(size, sum(row.param.numel() * (2 if row.param.is_complex() else 1) for row in members))
-    return statistics.sketch(step_sizes, size)
+    table = statistics.empty_table(len(rows), device)
+    if step_sizes:
+        bounds = [rows[i].options["step_sizes"] for i in step_sizes]
+        sums = statistics.step_size_table([*step_sizes.values()], bounds, logs="std_log10" in plan.statistics)
+        table[statistics.STEP_SIZES, [*step_sizes]] = sums.to(device)
+    columns = {(id(row.optimizer), id(row.param)): i for i, row in enumerate(rows)}
+    for summary in gradients:
+        found = [columns.get((id(row.optimizer), id(row.param)), -1) for row in summary.rows]
+        if -1 not in found:
+            table[statistics.GRADIENTS, found] = summary.table.to(device)
+    return table
+
+
+def _quantiles(step_sizes: Sequence[Tensor], levels: Sequence[float]) -> Tensor:
+    if not any(map(Tensor.numel, step_sizes)):
+        return torch.full((len(levels),), torch.nan)
+    return statistics.quantiles(step_sizes, levels)
+
+
+def _sketch_size(params: Sequence[Tensor]) -> int:
+    """Return a sketch size that is the same on all processes: none knows how much of a slice the others hold."""
+    if any(map(is_slice, params)):
+        return statistics.SKETCH
+    return min(statistics.SKETCH, sum(param.numel() * (2 if param.is_complex() else 1) for param in params))
 
 
 def _scopes(rows: Sequence[Row], plan: Plan) -> dict[Scope, list[int]]:
+    """Return the rows of each scope: all, then groups, then parameters."""
     scopes: dict[Scope, list[int]] = {TOTAL: [*range(len(rows))]}
     for i, row in enumerate(rows):
         if plan.per_group:
@@ -162,9 +167,9 @@ def _scopes(rows: Sequence[Row], plan: Plan) -> dict[Scope, list[int]]:
 
 
 def _edges(bounds: Sequence[tuple[float, float]]) -> list[float]:
-    """Give the ends of a histogram's bins, log10 of step sizes, which stay the same from record to record."""
+    """Return the edges of the histogram bins in log10, which stay the same from record to record."""
     lows, highs = zip(*bounds, strict=True)
-    low, high = math.log10(max(min(lows), 1e-12)), math.log10(max(*highs, 1e-11))  # 0 has no logarithm
+    low, high = math.log10(max(min(lows), 1e-12)), math.log10(max(*highs, 1e-11))  # a bound may be 0
     return [low + (high - low) * i / _BINS for i in range(_BINS + 1)]
 
 
@@ -173,31 +178,30 @@ def _read(
     plan: Plan,
     scopes: dict[Scope, list[int]],
     edges: list[float],
-    got: dict[tuple[str, Scope], statistics.Array],
+    arrays: dict[tuple[str, Scope], statistics.Array],
 ) -> Record | None:
-    """Put together what the processes have, each a first index of what was got."""
-    tables = got["table", TOTAL]
-    table = statistics.merge(tables.swapaxes(0, 1)) if len(tables) > 1 else tables[0]
-    shares = plan.quantiles
+    """Merge the processes' arrays, whose first dimension is the process, into a record."""
+    table = statistics.merge(arrays["table", TOTAL].swapaxes(0, 1))
+    levels = plan.quantiles
     found: dict[Scope, dict[str, float]] = {}
     histograms = {}
     total: dict[str, float] = {}
     for scope, members in scopes.items():
-        values = statistics.read(statistics.merge(table[:, members]) if len(members) > 1 else table[:, members[0]])
+        values = statistics.read(statistics.merge(table[:, members]))
         if not values:
             continue
         total = total or values
-        if shares:
-            parts = got["quantiles", scope]
-            if parts.ndim > 2:
-                parts = statistics.merged_quantiles(torch.from_numpy(parts), [*shares.values()]).numpy()[None]
-            values |= zip(shares, parts[0].tolist(), strict=True)
+        if levels:
+            quantiles = arrays["quantiles", scope]
+            if quantiles.ndim > 2:  # sketches
+                quantiles = statistics.merged_quantiles(torch.from_numpy(quantiles), [*levels.values()]).numpy()[None]
+            values |= zip(levels, quantiles[0].tolist(), strict=True)
         found[scope] = {name: values[name] for name in plan.statistics if name in values}
         if plan.histogram:
-            histograms[scope] = Histogram(edges, got["histogram", scope].sum(axis=0).tolist())
+            histograms[scope] = Histogram(edges, arrays["histogram", scope].sum(axis=0).tolist())
     if not total:
         return None
     half = [i for i, row in enumerate(rows) if row.param.dtype == torch.float16]
     zero = statistics.read(statistics.merge(table[:, half])).get("zero_gradient", math.nan) if half else math.nan
-    loss = float(got["loss", TOTAL][0, 0]) if ("loss", TOTAL) in got else None
+    loss = float(arrays["loss", TOTAL][0, 0]) if ("loss", TOTAL) in arrays else None
     return Record(found, histograms, total, zero, loss)

@@ -1,4 +1,4 @@
-"""Which parameters there are to measure: those of every Rprop, ours or torch's, however it is wrapped."""
+"""Listing of the parameters to measure: those of every Rprop optimizer, ours or torch's, wrapped or not."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch.optim import Optimizer
 from lightning_rprop._lightning import innermost
 from lightning_rprop.monitor._statistics import Gradients
 from lightning_rprop.optim._dispatch import as_real
-from lightning_rprop.optim._fused import PLAIN
 from lightning_rprop.optim._sharding import aligned, is_sharded, is_slice, local
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-# What torch.compile and FSDP put into a parameter's name.
+# What torch.compile and FSDP insert into parameter names.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
 
 
@@ -28,22 +27,22 @@ class Row(NamedTuple):
     group: str
     param: Tensor
     options: Mapping[str, Any]  # of its parameter group
-    optimizer: Optimizer  # which has its state
-    counts: bool  # whether this process has a part of it that no other one counts
+    optimizer: Optimizer  # the one that holds its state
+    is_counted: bool  # whether this process measures it, when processes hold different parts
 
 
 class Listing:
-    """The parameters of a Trainer's Rprops, listed again when the optimizers, their groups or parameters change."""
+    """The rows of a Trainer, listed again when its optimizers, their groups or parameters change."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self.are_shared = False  # whether processes hold different parts of them
+        self.is_distributed = False  # whether processes hold different parts of the rows
         self._key: list[tuple[int, ...]] | None = None
 
     def update(self, trainer: pl.Trainer) -> bool:
-        """Bring the list up to date, and return whether it changed."""
+        """Update the rows and return whether they changed."""
         optimizers = trainer.optimizers
-        # an id is not used again while the rows hold the object
+        # the rows keep the objects alive, so no id is reused
         key = [
             (i, id(rprop), id(group), *map(id, group["params"]))
             for i, optimizer in enumerate(optimizers)
@@ -54,29 +53,29 @@ class Listing:
             return False
         names = {id(param): name for name, param in trainer.lightning_module.named_parameters()}
         self._key, self.rows = key, list_rows(optimizers, names, trainer.global_rank)
-        self.are_shared = trainer.world_size > 1 and are_shared_out(optimizers)
+        self.is_distributed = trainer.world_size > 1 and are_distributed(optimizers)
         return True
 
 
 def state_of(rows: Sequence[Row], name: str) -> list[Tensor | None]:
-    """Give this process's part of a state of each parameter, ``None`` where there is none yet."""
+    """Return the local part of a state of each parameter, ``None`` before its first step."""
     states = [row.optimizer.state.get(row.param) for row in rows]
-    return _local([state[name] if state else None for state in states])
+    return [_local(state[name]) if state else None for state in states]
 
 
 def gradients_of(rows: Sequence[Row]) -> Gradients:
-    """Give this process's part of the gradients, of parameters that have one, and what they are compared with."""
+    """Return the local part of the gradients, for parameters that have one."""
     return Gradients(
-        _local([aligned(row.param.grad, row.param) for row in rows]),
+        [_local(aligned(row.param.grad, row.param)) for row in rows],
         state_of(rows, "prev"),
-        _local([row.param for row in rows]),
+        [_local(row.param) for row in rows],
         [row.options.get("weight_decay", 0.0) for row in rows],
         [row.options["maximize"] for row in rows],
     )
 
 
 def find_rprop(optimizer: Any) -> Optimizer | None:
-    """Give the Rprop, ours or torch's, that an optimizer is or wraps; told by two options that no other one has."""
+    """Return the Rprop that an optimizer is or wraps, recognized by two options that only Rprop has."""
     optimizer = innermost(optimizer)
     is_rprop = isinstance(optimizer, Optimizer) and {"etas", "step_sizes"} <= optimizer.defaults.keys()
     return optimizer if is_rprop else None
@@ -86,12 +85,12 @@ def list_rows(optimizers: Sequence[Any], names: Mapping[int, str], rank: int) ->
     """List the parameters of all Rprops, the same on every process.
 
     Args:
-        optimizers: the Trainer's.
-        names: name of each parameter of the module, by its ``id``.
-        rank: of this process.
+        optimizers: The Trainer's optimizers.
+        names: Names of the module's parameters, by ``id``.
+        rank: The rank of this process.
     """
     found = [(i, outer, inner) for i, outer in enumerate(optimizers) if (inner := find_rprop(outer)) is not None]
-    result = []
+    rows = []
     for i, outer, inner in found:
         prefix = f"optimizer{i}." if len(found) > 1 else ""
         own = None if outer is inner else {*map(id, parameters(inner))}
@@ -99,20 +98,20 @@ def list_rows(optimizers: Sequence[Any], names: Mapping[int, str], rank: int) ->
             label = prefix + str(group.get("name", f"group{j}"))
             for k, param in enumerate(group["params"]):
                 name = plain_name(names.get(id(param), f"optimizer{i}.group{j}.{k}"))
-                counts = _counts(param, rank) if own is None else id(param) in own
-                result.append(Row(name, label, param, group, inner, counts))
-    return result
+                is_counted = _is_first_replica(param, rank) if own is None else id(param) in own
+                rows.append(Row(name, label, param, group, inner, is_counted))
+    return rows
 
 
 def plain_name(name: str) -> str:
-    """Strip what wrappers of modules put into a name."""
+    """Remove what module wrappers insert into a parameter name."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
-def are_shared_out(optimizers: Iterable[Any]) -> bool:
-    """Tell whether processes hold different parts of the step sizes."""
+def are_distributed(optimizers: Iterable[Any]) -> bool:
+    """Return whether processes hold different parts of the step sizes."""
     for outer in optimizers:
         inner = find_rprop(outer)
         if inner is not None and (inner is not outer or any(is_sharded(p) or is_slice(p) for p in parameters(outer))):
@@ -125,8 +124,8 @@ def parameters(optimizer: Any) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-def _counts(param: Any, rank: int) -> bool:
-    """Of those that hold the same, the first counts it: on a mesh along each axis that replicates, else rank 0."""
+def _is_first_replica(param: Any, rank: int) -> bool:
+    """Return whether this process is the first of those that hold the same part of a parameter."""
     if not is_sharded(param):
         return rank == 0 or is_slice(param)
     place = param.device_mesh.get_coordinate()
@@ -135,8 +134,6 @@ def _counts(param: Any, rank: int) -> bool:
     )
 
 
-def _local(tensors: list[Any]) -> list[Any]:
-    """Give the parts of DTensors that are here, with a complex number as two real ones."""
-    if PLAIN.issuperset(map(type, tensors)) and not any(map(Tensor.is_complex, tensors)):
-        return tensors  # as nearly always
-    return [None if t is None else as_real(local(t)) for t in tensors]
+def _local(tensor: Any) -> Tensor:
+    """Return the local part of a tensor, with a complex number as two real ones."""
+    return as_real(local(tensor))

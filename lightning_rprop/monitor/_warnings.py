@@ -1,4 +1,4 @@
-"""Warnings about common mistakes with Rprop, each given once per run and with its remedy."""
+"""Warnings about common mistakes with Rprop, each given once per run, with its remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_rprop.monitor._record import Record
 from lightning_rprop.monitor._rows import find_rprop
 
-# The topics of the warnings; each can be silenced.
+# The warnings; each can be silenced.
 TOPICS = (
     "no_logger",
     "lr_scheduler",
@@ -25,9 +25,9 @@ TOPICS = (
     "no_record",
 )
 
-# When signs change too often, of those that can be compared: nearly all of them in a few records, or nearly half, as in
-# pure noise, in many that are apart. Whole data sets stay below, but for the first steps and for weights that go to and
-# fro at the lower bound: about one sign in five changes where step sizes neither grow nor shrink, as 1.2^4 * 0.5 is 1.
+# A gradient is noisy if nearly all comparable signs changed in a few consecutive records, or nearly half (pure noise)
+# in many records that are some steps apart. Full-batch training stays below both, except in the first steps and at the
+# lower bound: where step sizes neither grow nor shrink, about one sign in five changes (1.2^4 * 0.5 is about 1).
 _NEARLY_ALL_SIGNS, _FEW = 0.8, 5
 _NEARLY_HALF, _MANY, _STEPS_APART = 0.43, 20, 10
 
@@ -39,9 +39,9 @@ def why_no_record(steps: int | None, interval: int, has_rprop: bool, is_by_epoch
     """Explain why there is no record, and what to change.
 
     Args:
-        steps: Optimizer steps that were made, ``None`` before any training.
-        interval: Steps from one record to the next, 0 for none.
-        has_rprop: Whether an optimizer was an Rprop.
+        steps: Number of optimizer steps so far, ``None`` before any training.
+        interval: Steps between two records, 0 for no records.
+        has_rprop: Whether there was an Rprop at any time.
         is_by_epoch: Whether records are made at the end of each epoch instead.
     """
     if steps is None or (interval and not steps):
@@ -70,36 +70,36 @@ def why_no_record(steps: int | None, interval: int, has_rprop: bool, is_by_epoch
             f"StepSizeMonitor(every_n_steps={max(steps // 10, 1)}), for example"
         )
     return (
-        f"StepSizeMonitor found no step sizes at the steps it records, every {interval}. Check that training_step "
+        f"StepSizeMonitor found no step sizes, although it recorded every {interval} steps. Check that training_step "
         "returns a loss, or set a smaller every_n_steps"
     )
 
 
 class Advice:
-    """Give each warning once.
+    """Warnings that are given once each.
 
     Args:
-        silence: Topics to leave out.
+        silence: Topics to skip.
     """
 
     def __init__(self, silence: Iterable[str]) -> None:
         self.silence = frozenset(silence)
         self.said: set[str] = set()
-        self.in_a_row = 0  # records in which nearly all signs changed
-        self.changes: deque[float] = deque(maxlen=_MANY)  # share of changed signs in records that are apart
-        self.step = -_STEPS_APART  # of the last of those
+        self.in_a_row = 0  # consecutive records in which nearly all signs changed
+        self.changes: deque[float] = deque(maxlen=_MANY)  # shares of changed signs, in records apart
+        self.step = -_STEPS_APART  # of the last one of those
 
     def at_start(self, trainer: pl.Trainer) -> None:
-        """Check how the Trainer is set up."""
+        """Check the Trainer's configuration."""
         if not trainer.loggers:
-            self._say(
+            self._warn(
                 "no_logger",
                 "StepSizeMonitor has no logger to write to, so its values only go to callback_metrics. "
                 "Give the Trainer one, for example logger=CSVLogger('logs')",
             )
         if not any(find_rprop(optimizer) for optimizer in trainer.optimizers):
             found = ", ".join(f"{type(o).__module__}.{type(o).__qualname__}" for o in trainer.optimizers) or "none"
-            self._say(
+            self._warn(
                 "no_rprop",
                 f"StepSizeMonitor needs an Rprop optimizer, but configure_optimizers returned: {found}. Return "
                 "lightning_rprop.Rprop(...) or torch.optim.Rprop(...), or switch to one later; nothing is recorded "
@@ -109,70 +109,70 @@ class Advice:
         for config in trainer.lr_scheduler_configs:
             scheduled = getattr(config.scheduler, "optimizer", None)  # a custom scheduler may have none
             if scheduled is not None and find_rprop(scheduled) is not None:
-                self._say(
+                self._warn(
                     "lr_scheduler",
                     f"{type(config.scheduler).__name__} schedules the lr of an Rprop, which has no effect: lr is only "
-                    "the first step size, and every weight adapts its own. Return the optimizer alone",
+                    "the initial step size, and every weight adapts its own. Return only the optimizer",
                 )
         if trainer.gradient_clip_val:
-            self._say(
+            self._warn(
                 "gradient_clipping",
-                f"gradient_clip_val={trainer.gradient_clip_val} has no effect on Rprop, which looks at the sign of a "
-                "gradient and not at its size. Leave it out; step_sizes=(min, max) bounds the steps",
+                f"gradient_clip_val={trainer.gradient_clip_val} has no effect on Rprop, which uses only the sign of a "
+                "gradient. Leave it out; step_sizes=(min, max) bounds the steps",
             )
 
-    def of_no_record(self, trainer: pl.Trainer, reason: str) -> None:
-        """Warn that a run leaves no record.
+    def at_no_record(self, trainer: pl.Trainer, reason: str) -> None:
+        """Warn that a run leaves no record, unless it is a ``fast_dev_run``.
 
         Args:
-            trainer: The Trainer. A run that only tries the code (``fast_dev_run``) is not warned about.
+            trainer: The Trainer.
             reason: From :func:`why_no_record`.
         """
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._say("no_record", reason)
+            self._warn("no_record", reason)
 
-    def of_record(self, record: Record, step: int, half: bool) -> None:
+    def at_record(self, record: Record, step: int, half: bool) -> None:
         """Check a record.
 
         Args:
             record: The record.
-            step: The optimizer step after which it was measured.
+            step: The optimizer step that it was measured after.
             half: Whether all gradients were computed in float16.
         """
         values = record.total
         if self._is_noisy(values, step):
-            self._say(
+            self._warn(
                 "sign_changes",
-                f"{values['changed_of_compared']:.0%} of the gradient's signs changed, and as many in the records "
-                "before: the gradient is noisy, from small batches, dropout or data augmentation, or lr is far too "
-                "large. Rprop shrinks its steps then. Take the whole data set for each step (callback FullBatch with "
-                "FullBatchLoader), without random numbers in training_step; or use Adam",
+                f"{values['changed_of_compared']:.0%} of the gradient's signs changed, and as many in earlier records: "
+                "the gradient is noisy (small batches, dropout, data augmentation) or lr is far too large, and Rprop "
+                "shrinks its steps. Train on the whole data set (callback FullBatch with FullBatchLoader) without "
+                "randomness in training_step, or use Adam",
             )
         if values["at_lower_bound"] >= _NEARLY_ALL:
-            self._say(
+            self._warn(
                 "lower_bound",
                 f"{values['at_lower_bound']:.0%} of the step sizes are at their lower bound, "
-                f"{values['lower_bound']:g}: training has converged, or is stuck in a noisy gradient. Stop it, lower "
-                "the bound (step_sizes=(min, max)), or see whether the loss is the same function at every step",
+                f"{values['lower_bound']:g}: training has converged, or is stuck because the gradient is noisy. Stop "
+                "it, lower the bound (step_sizes=(min, max)), or check that every step has the same loss function",
             )
         if values["at_upper_bound"] >= _NEARLY_ALL:
-            self._say(
+            self._warn(
                 "upper_bound",
                 f"{values['at_upper_bound']:.0%} of the step sizes are at their upper bound, "
-                f"{values['upper_bound']:g}: steps would be larger if they might. Raise the bound "
-                "(step_sizes=(min, max)), or see whether the loss can fall without end",
+                f"{values['upper_bound']:g}: the bound slows training down. Raise the bound (step_sizes=(min, max)), "
+                "or check that the loss has a lower bound",
             )
         zero = values.get("zero_gradient", 0.0) if half else record.zero_in_half
         if zero >= _MANY_ZEROS:
-            self._say(
+            self._warn(
                 "zero_gradients",
-                f"{zero:.0%} of the float16 gradients are exactly zero, and those weights do not move. What is not so "
-                "by its nature (unused inputs, ReLU) is too small for float16: scale the loss up (Rprop does not mind, "
-                "precision='16-mixed' on a GPU does it), or use bfloat16, precision='bf16-mixed'",
+                f"{zero:.0%} of the float16 gradients are exactly zero, and those weights do not move. Unless unused "
+                "inputs or ReLU explain it, the gradients underflow: scale the loss up (precision='16-mixed' on a GPU "
+                "does, and it does not change Rprop's steps), or use bfloat16, precision='bf16-mixed'",
             )
 
     def _is_noisy(self, values: dict[str, float], step: int) -> bool:
-        change = values.get("changed_of_compared")  # after a change of sign most rules compare nothing for a step
+        change = values.get("changed_of_compared")  # after a sign change, most variants skip one comparison
         if change is None or values["at_lower_bound"] > 0.5:
             return False
         self.in_a_row = self.in_a_row + 1 if change > _NEARLY_ALL_SIGNS else 0
@@ -183,15 +183,15 @@ class Advice:
         return many or self.in_a_row >= _FEW
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was said, for a checkpoint."""
+        """Return the warnings given so far and the signs seen, for a checkpoint."""
         return {"said": sorted(self.said), "in_a_row": self.in_a_row, "changes": [*self.changes], "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.said, self.in_a_row, self.step = set(state["said"]), state["in_a_row"], state["step"]
         self.changes = deque(state["changes"], maxlen=_MANY)
 
-    def _say(self, topic: str, text: str) -> None:
+    def _warn(self, topic: str, text: str) -> None:
         if topic not in self.said and topic not in self.silence:
             self.said.add(topic)
             rank_zero_warn(f"{text}. (StepSizeMonitor says this once; silence=[{topic!r}] turns it off)")

@@ -1,4 +1,4 @@
-"""The Lightning side of the monitor: when to measure, and where the numbers go."""
+"""The Lightning side of the monitor: when to measure, and where to send the values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_rprop.monitor._arguments import (
 from lightning_rprop.monitor._history import History
 from lightning_rprop.monitor._loggers import send
 from lightning_rprop.monitor._names import DEFAULT, PREFIX, key_of
-from lightning_rprop.monitor._record import Look, Plan, Record, look, measure
+from lightning_rprop.monitor._record import GradientSummary, Plan, Record, measure, summarize_gradients
 from lightning_rprop.monitor._rows import Listing, find_rprop, plain_name
 from lightning_rprop.monitor._warnings import TOPICS, Advice, why_no_record
 
@@ -35,69 +35,68 @@ if TYPE_CHECKING:
 
 
 class StepSizeMonitor(Callback):
-    """Log what the step sizes of Rprop do: which parameters still learn, which are frozen, which oscillate.
+    """Log the step sizes of Rprop: which parameters still learn, which are frozen, which oscillate.
 
-    Works with :class:`lightning_rprop.Rprop` and ``torch.optim.Rprop``, one or several, beside other optimizers, in
-    automatic and manual optimization, with parameters that are sharded among processes.
+    Works with one or several :class:`lightning_rprop.Rprop` or ``torch.optim.Rprop``, next to other optimizers, in
+    automatic and manual optimization, and with sharded parameters.
 
-    A record is of one optimizer step, at the step count of Lightning's own values. Every logger gets it in one call.
-    ``trainer.callback_metrics`` gets the values over all parameters and of groups, for ``EarlyStopping``,
-    ``ModelCheckpoint`` and schedulers: at every record, at the run's last step, and at every step if one of them
-    monitors a key that begins with ``step_size/``.
+    A record holds the statistics of one optimizer step, logged at the step number of Lightning's own values. Every
+    logger gets it in one call. The values of all parameters and of groups are also published in
+    ``trainer.callback_metrics``, for ``EarlyStopping``, ``ModelCheckpoint`` and schedulers: at every record, at the
+    last step of the run, and at every step if one of them monitors a key that starts with ``step_size/``.
 
-    Logged is ``step_size/<statistic>`` over all weights of all Rprops, ``step_size/<group>/<statistic>`` over a group
-    of parameters (``group0``, or the group's ``"name"``; behind ``optimizer1.`` where there are several Rprops), and
-    ``step_size/<parameter name>/<statistic>`` over one parameter:
+    The keys are ``step_size/<statistic>`` for all weights of all Rprops, ``step_size/<group>/<statistic>`` for a
+    parameter group (``group0``, or its ``"name"``; prefixed with ``optimizer1.`` if there are several Rprops), and
+    ``step_size/<parameter name>/<statistic>`` for one parameter:
 
     ======================  =================  ========================================================================
-    statistic               unit               what it is
+    statistic               unit               meaning
     ======================  =================  ========================================================================
     ``mean``                of the weights     mean of the step sizes
-    ``min``, ``max``        of the weights     the smallest and the largest
-    ``median``              of the weights     half of them are smaller; as ``q50``
-    ``q10``, ``q2.5``, ...  of the weights     quantile: so many per cent are smaller; ``q0`` to ``q100``
-    ``std_log10``           powers of ten      standard deviation of log10 of the step sizes (of the population)
+    ``min``, ``max``        of the weights     smallest and largest step size
+    ``median``              of the weights     half of the step sizes are smaller; the same as ``q50``
+    ``q10``, ``q2.5``, ...  of the weights     quantile in per cent, ``q0`` to ``q100``
+    ``std_log10``           powers of ten      (population) standard deviation of log10 of the step sizes
     ``lower_bound``,        of the weights     the bounds in force, ``step_sizes`` of the optimizer
     ``upper_bound``
-    ``at_lower_bound``,     share, 0 to 1      how many of the weights have a step size at the bound
+    ``at_lower_bound``,     share, 0 to 1      weights whose step size is at the bound
     ``at_upper_bound``
-    ``sign_changed``        share, 0 to 1      how many of the weights saw another sign of the gradient than at the step
-                                               before (with the weight decay, as the rule sees it)
-    ``zero_gradient``       share, 0 to 1      how many entries of the gradient were exactly zero
-    ``nonfinite_gradient``  entries            how many entries of the gradient were infinite or NaN
+    ``sign_changed``        share, 0 to 1      weights whose gradient changed sign since the step before (after weight
+                                               decay, as the rule sees it)
+    ``zero_gradient``       share, 0 to 1      entries of the gradient that were exactly zero
+    ``nonfinite_gradient``  entries            entries of the gradient that were infinite or NaN
     ======================  =================  ========================================================================
 
-    The last three are of the gradient just before the step; where a step evaluates several times, of the last
-    evaluation. A parameter appears with its first gradient, also one that joins the optimizer later. Quantiles of
-    sharded parameters are exact up to 4,096 step sizes on each process; of more, each process shows as many to the
-    others, evenly spaced in their order, which moves a quantile by at most 0.02 per cent.
+    The last three describe the gradient just before the step, or the last one if the step evaluates several times. A
+    parameter appears with its first gradient, even if it joins the optimizer later. Quantiles of sharded parameters are
+    exact up to 4,096 step sizes per process. A larger shard sends 4,096 evenly spaced order statistics to the other
+    processes, which moves a quantile by at most 0.02 percentage points.
 
     Optimizers may be replaced during a fit. While none is an Rprop there are no records, and ``callback_metrics`` keeps
     its last values. A Trainer can have several monitors that differ in ``logging_interval`` or ``every_n_steps``.
 
     Args:
-        logging_interval: ``"step"`` makes a record every ``every_n_steps`` optimizer steps, ``"epoch"`` at the end of
-            each training epoch; ``None`` is ``"step"``.
+        logging_interval: ``"step"`` records every ``every_n_steps`` optimizer steps, ``"epoch"`` at the end of each
+            training epoch; ``None`` means ``"step"``.
         every_n_steps: Optimizer steps between two records; ``None`` follows ``Trainer(log_every_n_steps=...)``.
-        statistics: Which statistics, by the names above; by default all but quantiles and ``std_log10``, which take
-            longer.
-        per_parameter: Whether to log each parameter's statistics beside those over all: ``True`` for all parameters,
-            or one or several patterns of their names, written like patterns of file names: ``"encoder.*"``.
-        per_group: Whether those of each parameter group are.
-        histogram: Whether loggers that have histograms (TensorBoard, W&B) get those of log10 of the step sizes,
-            ``step_size/log10`` and ``step_size/<parameter name>/log10``.
-        prog_bar: Statistics that the progress bar shows, over all parameters.
+        statistics: Names from the table above; by default all except quantiles and ``std_log10``, which are slower.
+        per_parameter: Which parameters to log separately as well: ``True`` for all, or one or more file name patterns
+            of their names, such as ``"encoder.*"``.
+        per_group: Whether to log each parameter group separately as well.
+        histogram: Whether to log histograms of log10 of the step sizes, ``step_size/log10`` and
+            ``step_size/<parameter name>/log10``, to loggers that support them (TensorBoard, W&B).
+        prog_bar: Statistics to show in the progress bar, for all parameters together.
         silence: Warnings to turn off: any of ``"no_logger"``, ``"lr_scheduler"`` and ``"gradient_clipping"`` (neither
-            has an effect on Rprop), ``"sign_changes"`` (the gradient is noisy), ``"lower_bound"`` and ``"upper_bound"``
-            (nearly all step sizes are there), ``"zero_gradients"`` (float16 underflows), ``"no_rprop"`` (training
-            starts without an Rprop) and ``"no_record"`` (``log_every_n_steps=0``, or a run that is shorter than the
-            interval). Each is given once per run.
+            affects Rprop), ``"sign_changes"`` (the gradient is noisy), ``"lower_bound"`` and ``"upper_bound"`` (nearly
+            all step sizes are there), ``"zero_gradients"`` (float16 underflow), ``"no_rprop"`` (training starts without
+            an Rprop) and ``"no_record"`` (``log_every_n_steps=0``, or a run shorter than the interval). Each is given
+            once per run.
 
     Raises:
-        ValueError: If an argument is not one of its choices.
-        MisconfigurationException: At the start of ``fit``, if a pattern fits no parameter of the module, or DeepSpeed's
-            ZeRO has joined the parameters.
-        ValueError: At the start of ``fit``, if shapes or hyperparameters differ between the ranks.
+        ValueError: If an argument is invalid. At the start of ``fit``, if shapes or hyperparameters differ between the
+            ranks.
+        MisconfigurationException: At the start of ``fit``, if a pattern matches no parameter of the module, or
+            DeepSpeed ZeRO has merged the parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -125,71 +124,67 @@ class StepSizeMonitor(Callback):
         self.histogram = check_flag("histogram", histogram)
         self.prog_bar = check_choice("prog_bar", prog_bar, self.statistics, origin="statistics")
         self.silence = check_choice("silence", silence, TOPICS)
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._advice = Advice(self.silence)
         self._history, self._validations = History(), History()
         self._listing = Listing()
         self._plan = Plan(self.statistics, self.per_group, frozenset(), self.histogram)
-        self._is_watched = False  # by a callback
-        self._is_epoch_measured = False  # the last step of this epoch
-        self._is_logged = self._is_measured = False  # the step of this batch
-        self._looks: dict[int, Look] = {}  # of the optimizers that step in this batch
+        self._is_watched = False  # whether another callback monitors a step size
+        self._is_epoch_measured = False  # whether the last step of this epoch is measured
+        self._is_logged = self._is_measured = False  # about this batch
+        self._gradients: dict[int, GradientSummary] = {}  # of this batch, by the optimizer's id
         self._record: Record | None = None
         self._metrics: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
-        self._interval = 0  # steps from a record to the next, 0 for none
-        self._first_step = 0  # by Lightning's logged step
-        self._steps: int | None = None  # made since, once a training has started
-        self._has_rprop = False  # whether this run had one, at any time
-        self._steps_before = self._step_measured = self._step_logged = 0  # by Lightning's global_step
+        self._interval = 0  # steps between two records, 0 for no records
+        self._first_step = 0  # in logged steps
+        self._steps: int | None = None  # since the first; None before any training
+        self._has_rprop = False  # whether this run had one at any time
+        self._steps_before = self._step_measured = self._step_logged = 0  # in trainer.global_step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier run, and refuse ranks whose models differ."""
+        """Reset the state of an earlier run, and check that the ranks agree."""
         self._restored = None
         if stage == "fit":
             _check_agreement(trainer)
         if stage == "fit" and trainer.global_step == 0:
-            self._begin()
+            self._reset()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse parameters that cannot be told apart, and patterns that fit none."""
+        """Check that the parameters can be measured and that every pattern matches one."""
         if any(is_called(optimizer, "DeepSpeedOptimizer") for optimizer in trainer.optimizers):
             raise MisconfigurationException(
-                "StepSizeMonitor cannot tell apart the step sizes of parameters that DeepSpeed's ZeRO has joined, with "
-                "padding: remove the callback, or use a strategy that leaves parameters as they are ('ddp', 'fsdp', "
-                "ModelParallelStrategy)"
+                "StepSizeMonitor cannot separate the step sizes of parameters that DeepSpeed ZeRO has merged: remove "
+                "the callback, or use a strategy that keeps parameters separate ('ddp', 'fsdp', ModelParallelStrategy)"
             )
         _check_agreement(trainer)
-        self._list(trainer)
-        of_module = [plain_name(name) for name, _ in pl_module.named_parameters()]  # those of an Rprop may be others
+        self._update_listing(trainer)
+        of_module = [plain_name(name) for name, _ in pl_module.named_parameters()]  # an Rprop may hold others
         names = [*dict.fromkeys([*of_module, *(row.name for row in self._listing.rows)])]
         for pattern in self._patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 more = f" and {len(names) - 20} more" if len(names) > 20 else ""
                 raise MisconfigurationException(
-                    f"per_parameter: {pattern!r} fits none of the module's parameters: {', '.join(names[:20])}{more}"
+                    f"per_parameter: {pattern!r} matches none of the module's parameters: {', '.join(names[:20])}{more}"
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Continue the records of a checkpoint, and check how the Trainer is set up."""
+        """Restore the records of a checkpoint, and check the Trainer's configuration."""
         self._restore()
         if self.logging_interval != "epoch":
             self._interval = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._step_measured = self._step_logged = trainer.global_step
         self._first_step, self._steps = logged_step(trainer), 0
         self._record = None
-        self._begin_epoch(trainer)  # Lightning does not call the hook where a run resumes in the middle of an epoch
+        self.on_train_epoch_start(trainer, pl_module)  # Lightning skips it when a run resumes in the middle of an epoch
         self._advice.at_start(trainer)
         if not self._interval and self.logging_interval != "epoch":
-            self._advice.of_no_record(trainer, self._why_no_record())
+            self._advice.at_no_record(trainer, self._why_no_record())
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decide whether the last step of this epoch is measured."""
-        self._begin_epoch(trainer)
-
-    def _begin_epoch(self, trainer: pl.Trainer) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._is_watched = any(_is_ours(getattr(callback, "monitor", None)) for callback in callbacks)
         self._is_epoch_measured = self.logging_interval == "epoch" or trainer.current_epoch + 1 == trainer.max_epochs
@@ -197,40 +192,42 @@ class StepSizeMonitor(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Decide whether the step of this batch is measured, and whether it is logged."""
+        """Decide whether to measure and to log the step of this batch."""
         step = logged_step(trainer)
         self._steps = step - self._first_step
         self._is_logged = self._interval > 0 and (step + 1) % self._interval == 0
         self._is_measured = self._is_logged or self._is_watched or self._ends(trainer)
-        for config in trainer.lr_scheduler_configs:  # they may have come with an optimizer since the epoch began
+        for config in trainer.lr_scheduler_configs:  # a new optimizer may have brought some during the epoch
             self._is_measured |= _is_ours(config.monitor)
         if self._is_measured:
             self._steps_before = trainer.global_step
-            self._looks = {}
+            self._gradients = {}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look at the gradient, if the step is measured."""
+        """Summarize the gradient if the step is measured."""
         if self._is_measured and (rprop := find_rprop(optimizer)) is not None:
-            self._list(trainer)
-            rows, shared = self._listing.rows, self._listing.are_shared
-            seen = look(row for row in rows if row.optimizer is rprop and (row.counts or not shared))
-            if seen is not None:
-                self._looks[id(rprop)] = seen
+            self._update_listing(trainer)
+            rows, is_distributed = self._listing.rows, self._listing.is_distributed
+            summary = summarize_gradients(
+                row for row in rows if row.optimizer is rprop and (row.is_counted or not is_distributed)
+            )
+            if summary is not None:
+                self._gradients[id(rprop)] = summary
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure the step, and log it, if it was made: not so while gradients accumulate."""
+        """Measure and log the step, unless this batch only accumulated gradients."""
         if self._is_measured and trainer.global_step > self._steps_before:
             self._measure(trainer, outputs.get("loss") if isinstance(outputs, Mapping) else None)
             if self._is_logged:
                 self._log(trainer, logged_step(trainer))
-            self._looks = {}
+            self._gradients = {}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember the losses of a validation for the picture."""
+        """Keep the validation losses for ``plot``."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = trainer.callback_metrics
             losses = {name: float(value) for name, value in metrics.items() if re.match("val.*loss", name)}
@@ -238,45 +235,45 @@ class StepSizeMonitor(Callback):
                 self._validations.add(logged_step(trainer), losses)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log once an epoch if so asked."""
+        """Log the epoch's last step if ``logging_interval="epoch"``."""
         if self.logging_interval == "epoch":
             self._measure(trainer)
-            self._log(trainer, logged_step(trainer) - 1)  # the count is one on, once the batches are done
+            self._log(trainer, logged_step(trainer) - 1)  # the count is already that of the next step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Publish the values of the last step, also of a run that was stopped."""
+        """Publish the values of the last step, even if the run was stopped early."""
         self._measure(trainer)
         self._steps = logged_step(trainer) - self._first_step
         if self._interval and self._record is not None and not len(self._history):
-            self._advice.of_no_record(trainer, self._why_no_record())
+            self._advice.at_no_record(trainer, self._why_no_record())
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the parameters and optimizers."""
         if stage == "fit":
-            self._restore()  # a fit that resumes where it has to end starts no training
+            self._restore()  # a fit that resumes at its end starts no training
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Release them here too, because Lightning calls no ``teardown`` after an exception."""
+        """Release the parameters and optimizers: Lightning calls no ``teardown`` after an exception."""
         self._release()
 
     def _release(self) -> None:
         self.__dict__ = self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the parameters and optimizers of a running fit out of a copy or a pickle."""
+        """Leave the parameters and optimizers of a running fit out of copies and pickles."""
         # Lightning sets these two on every callback, bound to the module
         kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return kept | {"_listing": Listing(), "_looks": {}}
+        return kept | {"_listing": Listing(), "_gradients": {}}
 
     @property
     def state_key(self) -> str:
-        """Tell the monitors of a Trainer apart in a checkpoint, by when they record."""
+        """Return a checkpoint key that differs between monitors with different intervals."""
         interval = {"logging_interval": self.logging_interval, "every_n_steps": self.every_n_steps}
         return f"{type(self).__qualname__}{interval}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was said and what ``plot`` draws, for a checkpoint."""
+        """Return the state of the warnings and the records that ``plot`` draws."""
         return {
             "advice": self._advice.state_dict(),
             "history": self._history.state_dict(),
@@ -284,7 +281,7 @@ class StepSizeMonitor(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until a fit resumes from it: a test of a checkpoint must not overwrite later records."""
+        """Keep the state until a fit resumes from it, because ``test`` with a checkpoint must not overwrite records."""
         self._restored = state_dict
 
     def _restore(self) -> None:
@@ -295,20 +292,20 @@ class StepSizeMonitor(Callback):
             self._restored = None
 
     def plot(self, title: str = "") -> tuple[Figure, np.ndarray[Any, Any]]:
-        """Draw the records: loss above, below it the step sizes over the steps, of each parameter if they were logged.
+        """Plot the loss and, below it, the step sizes over the steps, of each parameter if they were logged.
 
-        The whole run is drawn, from at most 800 records that are kept. ``python -m lightning_rprop.monitor FOLDER``
-        draws what a logger wrote.
+        The plot covers the whole run, with at most 800 records. ``python -m lightning_rprop.monitor FOLDER`` plots the
+        files that a logger wrote.
 
         Args:
-            title: Stands above it.
+            title: Title of the figure.
 
         Returns:
             The figure, and its axes from top to bottom.
 
         Raises:
-            ValueError: If there is no record, with the reason.
-            ModuleNotFoundError: Without Matplotlib.
+            ValueError: If there is no record; the message says why.
+            ModuleNotFoundError: If Matplotlib is not installed.
         """
         from lightning_rprop.monitor.plot import plot_series
 
@@ -317,7 +314,7 @@ class StepSizeMonitor(Callback):
         return plot_series(self._history.series() | self._validations.series(), title)
 
     def _ends(self, trainer: pl.Trainer) -> bool:
-        """Tell whether this batch ends an epoch that is to be logged, or the run."""
+        """Return whether this batch ends the run, or an epoch whose last step is measured."""
         if self._is_epoch_measured and trainer.is_last_batch:
             return True
         return trainer.max_steps >= 0 and trainer.global_step + len(trainer.optimizers) >= trainer.max_steps
@@ -326,8 +323,8 @@ class StepSizeMonitor(Callback):
     def _patterns(self) -> tuple[str, ...]:
         return () if isinstance(self.per_parameter, bool) else self.per_parameter
 
-    def _list(self, trainer: pl.Trainer) -> None:
-        """Bring the list of the parameters up to date, and choose those that are shown one by one."""
+    def _update_listing(self, trainer: pl.Trainer) -> None:
+        """Update the listing, and choose the parameters that are logged separately."""
         if self._listing.update(trainer):
             names = [row.name for row in self._listing.rows]
             chosen = (name for name in names if any(fnmatchcase(name, pattern) for pattern in self._patterns))
@@ -338,13 +335,13 @@ class StepSizeMonitor(Callback):
         return why_no_record(self._steps, self._interval, self._has_rprop, self.logging_interval == "epoch")
 
     def _measure(self, trainer: pl.Trainer, loss: Any = None) -> None:
-        """Measure the last step, once, and publish the values over all parameters and of groups."""
+        """Measure the last step once, and publish the values of all parameters and of groups."""
         if self._step_measured == trainer.global_step:
             return
         self._step_measured = trainer.global_step
-        self._list(trainer)
-        gather = trainer.strategy.all_gather if self._listing.are_shared else None
-        self._record = measure(self._listing.rows, self._looks.values(), self._plan, loss, gather)
+        self._update_listing(trainer)
+        gather = trainer.strategy.all_gather if self._listing.is_distributed else None
+        self._record = measure(self._listing.rows, self._gradients.values(), self._plan, loss, gather)
         if self._record is None:
             return
         self._metrics = {
@@ -361,7 +358,7 @@ class StepSizeMonitor(Callback):
             trainer.progress_bar_metrics.update({key: value for key, value in values.items() if key in shown})
 
     def _log(self, trainer: pl.Trainer, step: int) -> None:
-        """Bring the record to the loggers, in one call each, to the picture and to the advice."""
+        """Pass the record to the loggers, the history and the warnings."""
         if self._record is None or self._step_logged == trainer.global_step:
             return
         self._step_logged = trainer.global_step
@@ -371,14 +368,14 @@ class StepSizeMonitor(Callback):
             for logger in trainer.loggers:
                 send(logger, metrics, histograms, step)
         self._history.add(step, metrics if record.loss is None else {"loss": record.loss, **metrics})
-        self._advice.of_record(record, step, half=str(trainer.precision).startswith("16"))
+        self._advice.at_record(record, step, half=str(trainer.precision).startswith("16"))
 
 
 def _is_ours(key: Any) -> bool:
-    """Return whether a callback or a scheduler that monitors this key monitors one of ours."""
+    """Return whether the ``monitor`` of a callback or scheduler is one of our keys."""
     return isinstance(key, str) and key.startswith(PREFIX)
 
 
 def _check_agreement(trainer: pl.Trainer) -> None:
     if not any(is_called(callback, "FullBatch") for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        check_agreement(trainer)  # else FullBatch does it
+        check_agreement(trainer)  # otherwise FullBatch checks it

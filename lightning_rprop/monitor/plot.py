@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss, and below it what the step sizes did. Knows matplotlib, knows nothing of torch."""
+"""Plots of a run's loss and step sizes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,60 +23,65 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
 
-# Distinct for the colour-blind too: Paul Tol's "muted" scheme (SRON/EPS/TN/09-002), and black.
+# Safe for color blindness: Paul Tol's "muted" scheme (SRON/EPS/TN/09-002), and black.
 _COLORS = ["#332288", "#cc6677", "#44aa99", "#ddcc77", "#882255", "#88ccee", "#117733", "#aa4499", "#999933", "#000000"]
 _LOSS_COLORS = [_COLORS[-1], *_COLORS[1:-1]]
-_MOST_LINES = len(_COLORS)  # more parameters than that are a heat map
+_MOST_LINES = len(_COLORS)  # more parameters become a heat map
 _MOST_LOSSES = 8
-_LINES = ("median", "q50", "mean", "max", "min")  # what stands for a parameter: the first of these that is logged
-_ROW = 0.13  # inches for a parameter's row of the heat map, and what its name in this font needs
+_LINES = ("median", "q50", "mean", "max", "min")  # a parameter's line: the first of these that was logged
+_ROW = 0.13  # height of a heat map row in inches, enough for a name in this font size
 _ROW_FONT = 7
-_TOO_LARGE = 1e100  # Matplotlib's arithmetic on the limits of an axis overflows far beyond this
-_TALLEST = 60.0  # inches of heat map; more parameters than fit get lower rows, and not every one its name
+_TOO_LARGE = 1e100  # far beyond this, Matplotlib's axis limits overflow
+_TALLEST = 60.0  # inches; with more parameters the rows shrink, and only some are named
 
 
 def plot_run(folder: str | Path) -> tuple[Figure, npt.NDArray[np.object_]]:
-    """Draw the run that logged to a folder; see :func:`plot_series` and ``read_series`` for what is drawn and raised.
+    """Plot the loss and the step sizes of a finished run from its log folder; needs no torch.
 
     Args:
-        folder: A folder of Lightning's ``CSVLogger`` or ``TensorBoardLogger``, or one above it.
+        folder: The log folder of a ``CSVLogger`` or ``TensorBoardLogger``, or a folder above it.
 
     Returns:
-        The figure and its axes from top to bottom.
+        The figure, made by pyplot, and its axes from top to bottom. :func:`plot_series` says what they show.
+
+    Raises:
+        FileNotFoundError: If there is no log.
+        ValueError: If there are no step sizes in it, or more than one run logged some.
+        ModuleNotFoundError: If Matplotlib, or TensorBoard for its event files, is not installed.
     """
     return plot_series(read_series(folder), title=printable("/".join(Path(folder).resolve().parts[-2:])))
 
 
 def printable(path: str) -> str:
-    """Return a path without the surrogates that stand for bytes that are no text, which cannot be written."""
+    """Return a path in which bytes that are not text are replaced, so that it can be printed."""
     return os.fsencode(path).decode(errors="replace")
 
 
 def plot_series(series: Series, title: str = "") -> tuple[Figure, npt.NDArray[np.object_]]:
-    """Draw the loss above and the step sizes below, over the optimizer steps.
+    """Plot the loss and, below it, the step sizes over the optimizer steps.
 
-    A parameter is a line, its median, or else its mean, maximum or minimum, within a band from its lowest to its
-    highest quantile, or else from minimum to maximum, whatever of it is logged. More than 10 parameters are the rows
-    of a heat map of what would be the line, below the line and band of all of them. Without any of single parameters
-    there is the line and band of all. The loss is every key with "loss" in its last part, the 8 shortest if there
-    are more.
+    Each parameter is a line within a band, drawn from what was logged. The line is its median, else its mean, maximum
+    or minimum. The band reaches from its lowest to its highest quantile, else from minimum to maximum. More than 10
+    parameters become the rows of a heat map of the line's values, below the line and band of all parameters. If no
+    parameter was logged separately, only the line and band of all parameters are drawn. The loss panel shows every key
+    with "loss" in its last part, at most the 8 shortest.
 
     Args:
-        series: ``{key: (steps, values)}`` as logged by ``StepSizeMonitor`` and Lightning. What is not finite, or
-            beyond 1e100, leaves a gap.
-        title: Stands above the figure.
+        series: ``{key: (steps, values)}`` as logged by ``StepSizeMonitor`` and Lightning. Values that are not finite
+            or exceed 1e100 leave a gap.
+        title: Title of the figure.
 
     Returns:
         The figure, made by pyplot, and its axes from top to bottom.
 
     Raises:
         ValueError: If there is no step size to draw.
-        ModuleNotFoundError: If matplotlib is not installed.
+        ModuleNotFoundError: If Matplotlib is not installed.
     """
     series = {key: logged for key, logged in series.items() if logged[0]}
     names = _names(series)
     each = [name for name in names if name]
-    panels: list[tuple[float, Callable[[Axes], None]]] = []  # height in inches, and what draws it
+    panels: list[tuple[float, Callable[[Axes], None]]] = []  # height in inches, and the function that draws it
     if losses := _losses(series):
         panels.append((2.2, partial(_draw_losses, series, losses)))
     if len(each) <= _MOST_LINES:
@@ -108,20 +113,20 @@ def plot_series(series: Series, title: str = "") -> tuple[Figure, npt.NDArray[np
 
 
 def save(fig: Figure, path: str | Path) -> None:
-    """Write a picture, whole or not at all, and let pyplot forget the figure.
+    """Write a figure to a file and close it; a failure leaves no partial file.
 
     Args:
         fig: The figure.
-        path: Where to; the suffix tells the format, and folders that are missing are made.
+        path: The file. Its suffix sets the format, and missing folders are created.
 
     Raises:
-        ValueError: If matplotlib knows no format of that suffix; nothing is written.
+        ValueError: If Matplotlib does not support the format.
     """
     path = Path(path)
     form = path.suffix[1:].lower()
     known = fig.canvas.get_supported_filetypes()
     if form not in known:
-        raise ValueError(f"the suffix of {str(path)!r} must tell the format of the picture: {', '.join(sorted(known))}")
+        raise ValueError(f"the suffix of {str(path)!r} must be a picture format: {', '.join(sorted(known))}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -136,17 +141,17 @@ def _pyplot() -> ModuleType:
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'lightning-rprop[plot]'") from error
+        raise ModuleNotFoundError("plots need Matplotlib: pip install 'lightning-rprop[plot]'") from error
     return plt
 
 
 def _names(series: Series) -> list[str]:
-    """The parameters that have something to draw, in the order they were logged in; ``""`` stands for all of them."""
+    """Return the parameters that can be drawn, in logged order; ``""`` stands for all parameters together."""
     parts = _parts(series)
     if not parts:
         raise ValueError(
             f"there is no step size to draw (no key '{PREFIX}...'); "
-            "train with Trainer(callbacks=[StepSizeMonitor()]), and long enough for it to log"
+            "train with Trainer(callbacks=[StepSizeMonitor()]), long enough for it to record"
         )
     names = dict.fromkeys(name for name, statistic in parts if statistic in _LINES or QUANTILE.fullmatch(statistic))
     if not names:
@@ -158,7 +163,7 @@ def _names(series: Series) -> list[str]:
 
 
 def _parts(series: Series) -> list[tuple[str, str]]:
-    """Parameter and statistic of each key that is of step sizes."""
+    """Return the parameter and statistic of each step size key."""
     parts = [key.removeprefix(PREFIX).rpartition("/") for key in series if key.startswith(PREFIX)]
     return [(name, statistic) for name, _, statistic in parts]
 
@@ -169,20 +174,20 @@ def _losses(series: Series) -> list[str]:
     return [k for k in keys if (np.abs(series[k][1]) < _TOO_LARGE).any()]
 
 
-def _statistics(series: Series, names: Sequence[str]) -> tuple[str, tuple[str, str] | None]:
-    """Choose what the line is and what the band reaches from and to, the same for all these parameters."""
+def _choose_statistics(series: Series, names: Sequence[str]) -> tuple[str, tuple[str, str] | None]:
+    """Choose the statistics of the line and of the ends of the band, the same for all these parameters."""
     owners = set(names)
     logged = Counter(statistic for name, statistic in _parts(series) if name in owners)
     quantiles = sorted(filter(QUANTILE.fullmatch, logged), key=lambda q: float(q[1:]))
     choices = [*_LINES, *sorted(quantiles, key=lambda q: abs(float(q[1:]) - 50))]
-    line = max(choices, key=lambda statistic: logged[statistic])  # the first of those that most parameters have
+    line = max(choices, key=lambda statistic: logged[statistic])  # the first that the most parameters have
     if len(quantiles) > 1:
         return line, (quantiles[0], quantiles[-1])
     return line, ("min", "max") if {"min", "max"} <= logged.keys() else None
 
 
 def _aligned(series: Series, keys: Sequence[str]) -> tuple[Floats, Floats]:
-    """Put values over the same steps: the steps, and a row of values for each key, NaN where there is none."""
+    """Align values on common steps; return the steps, and a row of values for each key, NaN if missing."""
     logged = [series.get(key, ([], [])) for key in keys]
     steps = np.unique(np.concatenate([np.asarray(at, dtype=float) for at, _ in logged]))
     rows = np.full((len(keys), len(steps)), np.nan)
@@ -193,13 +198,13 @@ def _aligned(series: Series, keys: Sequence[str]) -> tuple[Floats, Floats]:
 
 
 def _bounds(series: Series) -> dict[str, float]:
-    """The bounds that a log axis can show."""
+    """Return the step size bounds that a log axis can show."""
     last = {kind: series[key][1][-1] for kind in ("lower", "upper") if (key := key_of("", f"{kind}_bound")) in series}
     return {kind: bound for kind, bound in last.items() if 0 < bound < _TOO_LARGE}
 
 
 def _draw_losses(series: Series, keys: list[str], ax: Axes) -> None:
-    short = set(sorted(keys, key=len)[:_MOST_LOSSES])  # of many, the shortest names are the totals, not the parts
+    short = set(sorted(keys, key=len)[:_MOST_LOSSES])  # the shortest names are usually totals, not parts
     drawn = [key for key in keys if key in short]
     lines = []
     for key, color in zip(drawn, _LOSS_COLORS, strict=False):
@@ -210,7 +215,7 @@ def _draw_losses(series: Series, keys: list[str], ax: Axes) -> None:
 
 
 def _draw_lines(series: Series, names: list[str], ax: Axes) -> None:
-    line, band = _statistics(series, names)
+    line, band = _choose_statistics(series, names)
     lines = []
     for name, color in zip(names, _COLORS, strict=False):
         keys = [key_of(name, statistic) for statistic in (line, *(band or ()))]
@@ -220,7 +225,7 @@ def _draw_lines(series: Series, names: list[str], ax: Axes) -> None:
             _draw_band(ax, steps, rows[1], rows[2], color, among=len(names))
     _draw_bounds(_bounds(series), ax, x=0.995, align="right", gap=2)
     ax.margins(y=0.08)
-    positive = np.isfinite(ax.dataLim.minposy)  # matplotlib refuses a log axis with nothing on it
+    positive = np.isfinite(ax.dataLim.minposy)  # Matplotlib rejects an empty log axis
     ax.set(ylabel="step size", yscale="log" if positive else "linear")
     labels = _shortened(names) if names != [""] else ["all parameters"]
     _legend(ax, lines, labels, f"line: {line}" + (f"\nband: {band[0]} to {band[1]}" if band else ""))
@@ -230,11 +235,11 @@ def _draw_heat_map(series: Series, names: list[str], height: float, ax: Axes) ->
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    line, _ = _statistics(series, names)
+    line, _ = _choose_statistics(series, names)
     steps, values = _aligned(series, [key_of(name, line) for name in names])
-    seen = values[values > 0] if (values > 0).any() else np.ones(1)
-    low, high = seen.min(), seen.max()
-    widen = max(1.0, np.sqrt(10 * low / high))  # at least a decade of colours: what hardly differs shall look so
+    drawn = values[values > 0] if (values > 0).any() else np.ones(1)
+    low, high = drawn.min(), drawn.max()
+    widen = max(1.0, np.sqrt(10 * low / high))  # at least a decade, so that small differences look small
     half = np.diff(steps) / 2 if len(steps) > 1 else np.array([0.5])
     edges = np.concatenate([[steps[0] - half[0]], steps[:-1] + half[: len(steps) - 1], [steps[-1] + half[-1]]])
     mesh = ax.pcolormesh(
@@ -243,13 +248,13 @@ def _draw_heat_map(series: Series, names: list[str], height: float, ax: Axes) ->
         values,
         norm=LogNorm(low / widen, high * widen),
         cmap=colormaps["viridis"].with_extremes(bad="0.85"),
-        rasterized=True,  # a vector format would hold every cell as a shape
+        rasterized=True,  # vector formats would store every cell as a shape
     )
     every = -(-len(names) * _ROW // height) if height == _TALLEST else 1
     rows = np.arange(0, len(names), int(every))
     labels = _shortened(names)
     ax.set_yticks(rows, labels=[labels[row] for row in rows], fontsize=_ROW_FONT, parse_math=False)
-    ax.tick_params(axis="x", top=True, labeltop=True)  # the ones below may be far off
+    ax.tick_params(axis="x", top=True, labeltop=True)  # the labels below may be far away
     ax.invert_yaxis()
     tall = min(4.0, height - 0.4)
     bar = ax.figure.colorbar(mesh, cax=ax.inset_axes((1.015, 1 - (tall + 0.2) / height, 0.025, tall / height)))
@@ -276,20 +281,20 @@ def _draw_bounds(bounds: dict[str, float], ax: Axes, x: float, align: Literal["l
 
 
 def _draw_curve(ax: Axes, steps: Floats, values: Floats, color: str) -> Line2D:
-    alone = _alone(values)
-    (line,) = ax.plot(steps, values, color=color, marker="o" if len(alone) else "", markersize=5, markevery=alone)
+    isolated = _isolated(values)
+    (line,) = ax.plot(steps, values, color=color, marker="o" if len(isolated) else "", markersize=5, markevery=isolated)
     return line
 
 
 def _draw_band(ax: Axes, steps: Floats, low: Floats, high: Floats, color: str, among: int) -> None:
-    # the more of them lie on one another, the paler each
+    # paler if more bands overlap
     ax.fill_between(steps, low, high, color=color, alpha=0.05 + 0.15 / among**0.5, linewidth=0)
-    alone = _alone(low + high)
-    ax.vlines(steps[alone], low[alone], high[alone], color=color, alpha=0.3, linewidth=3)
+    isolated = _isolated(low + high)
+    ax.vlines(steps[isolated], low[isolated], high[isolated], color=color, alpha=0.3, linewidth=3)
 
 
-def _alone(values: Floats) -> npt.NDArray[np.intp]:
-    """Where there is a value without a neighbour: of these a line and a band show nothing."""
+def _isolated(values: Floats) -> npt.NDArray[np.intp]:
+    """Return the indices of values without a neighbor, which a line or band would not show."""
     gap = np.isnan(np.concatenate([[np.nan], values, [np.nan]]))
     return np.flatnonzero(gap[:-2] & ~gap[1:-1] & gap[2:])
 
@@ -307,15 +312,15 @@ def _legend(ax: Axes, lines: Sequence[Line2D], labels: Sequence[str], title: str
         title_fontsize="small",
         alignment="left",
     )
-    # set afterwards: matplotlib leaves out labels that start with "_", and takes "$" for mathematics
+    # set afterwards, because Matplotlib skips labels that start with "_" and parses "$" as math
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set(text=label, parse_math=False)
 
 
 def _shortened(names: Sequence[str], most: int = 44) -> list[str]:
-    """Cut long names in the middle, less so where they would no longer differ."""
+    """Shorten long names in the middle, but keep them distinct."""
     while most < 80:
-        head = most // 3  # the end of a name says more
+        head = most // 3  # the end of a name is more specific
         short = [
             name if len(name) <= most else f"{name[:head].rstrip('.')}…{name[head + 1 - most :].lstrip('.')}"
             for name in names

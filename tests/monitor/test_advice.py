@@ -15,7 +15,7 @@ from lightning_rprop.monitor._warnings import TOPICS
 
 REMEDIES = {
     "no_logger": "Give the Trainer one, for example logger=CSVLogger",
-    "lr_scheduler": "StepLR schedules the lr of an Rprop, which has no effect.*Return the optimizer alone",
+    "lr_scheduler": "StepLR schedules the lr of an Rprop, which has no effect.*Return only the optimizer",
     "gradient_clipping": "gradient_clip_val=0.5 has no effect on Rprop.*Leave it out",
     "sign_changes": "signs changed.*gradient is noisy.*FullBatch",
     "lower_bound": "100% of the step sizes are at their lower bound, 0.1: .*converged, or is stuck.*Stop it",

@@ -92,7 +92,7 @@ def test_unusual_csv_is_read(content, keys, folder):
 def test_error_names_csv_without_records(content, folder, capsys):
     (folder / "metrics.csv").write_bytes(content)
     message = error_of(folder, capsys)
-    assert f"{folder / 'metrics.csv'} holds no step and step size together (keys 'step' and 'step_size/...')" in message
+    assert f"{folder / 'metrics.csv'} has no step with a step size (keys 'step' and 'step_size/...')" in message
 
 
 def test_error_names_folder_of_empty_csv(folder, capsys):
@@ -120,7 +120,7 @@ def test_error_names_damaged_event_file(folder, capsys):
 @pytest.mark.parametrize("content", [KEY.encode(), KEY.encode() * 1000, b"\xff" * 100 + KEY.encode()])
 def test_error_names_file_without_events(content, folder, capsys):
     (folder / "events.out.tfevents.1.host").write_bytes(content)
-    assert f"{folder} holds no step and step size together" in error_of(folder, capsys)
+    assert f"{folder} has no step with a step size" in error_of(folder, capsys)
 
 
 def test_error_names_unreadable_subfolder(folder, capsys, monkeypatch):

@@ -89,7 +89,7 @@ def test_new_layer_is_logged_by_name(tmp_path):
 def test_unmatched_pattern_error_shortens_names(tmp_path):
     module = Staged()
     module.more = torch.nn.ParameterList(torch.zeros(1) for _ in range(30))
-    with pytest.raises(MisconfigurationException, match=r"'head.\*' fits none .*: net.weight, .* and 14 more$"):
+    with pytest.raises(MisconfigurationException, match=r"'head.\*' matches none .*: net.weight, .* and 14 more$"):
         fit(tmp_path, module, [Joining()], per_parameter=["net.*", "head.*"])
 
 

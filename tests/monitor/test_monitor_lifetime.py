@@ -94,7 +94,7 @@ def test_copy_during_a_fit_excludes_the_model(duplicate, tmp_path):
     assert len(log.records()) == len(copies) == 3
     for step, each in enumerate(copies):
         assert not each._listing.rows
-        assert not each._looks
+        assert not each._gradients
         assert len(each._history) == step
     again = Recorder()
     make_trainer(tmp_path, [copies[-1]], logger=again, max_epochs=1).fit(Net(make), Batches(3))

@@ -1,4 +1,4 @@
-"""The monitor's arithmetic against plain Python, on every path: Numba's kernels, torch's operations, merged shards."""
+"""The monitor's statistics against plain Python, for one process and merged from several."""
 
 import itertools
 import math
@@ -10,31 +10,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rprop import Rprop
 from lightning_rprop.monitor import _statistics as statistics
-from lightning_rprop.monitor import _statistics_cpu as statistics_cpu
-from lightning_rprop.monitor._names import STATISTICS, quantile_of
-from lightning_rprop.monitor._record import Plan, look, measure
+from lightning_rprop.monitor._names import STATISTICS, quantile_level
+from lightning_rprop.monitor._record import Plan, measure, summarize_gradients
 from lightning_rprop.monitor._rows import find_rprop, list_rows
 from lightning_rprop.monitor._statistics import Gradients
 
 BOUNDS = (2.0**-20, 32.0)  # exact in every dtype
 NAMES = ("mean", "min", "max", "std_log10", "lower_bound", "upper_bound", "at_lower_bound", "at_upper_bound")
-SHARES = (0.0, 0.025, 0.1, 0.5, 0.75, 1.0)
+LEVELS = (0.0, 0.025, 0.1, 0.5, 0.75, 1.0)
 
 inf, nan = math.inf, math.nan
-TINY = 1e-42  # a subnormal number of float32
+TINY = 1e-42  # subnormal in float32
 GRADS = [*itertools.product((0.0, -0.0, TINY, -TINY, 1.0, -2.0, inf, -inf, nan), (0.0, -0.0, TINY, -TINY, 3.0, -3.0))]
 
 
-@pytest.fixture(params=["kernel", "torch"])
+@pytest.fixture(params=["numpy", "torch"])
 def path(request, monkeypatch):
-    """Run a test with the kernels, in pieces of three elements, and without them."""
+    """Select order statistics with NumPy, as on the CPU, or with torch, as on accelerators."""
     if request.param == "torch":
-        monkeypatch.setattr(statistics_cpu, "_serves", lambda *_: False)
-    else:
-        assert all(statistics_cpu.load_kernel(name) for name in statistics_cpu._PROTOTYPE)
-        monkeypatch.setattr(statistics_cpu, "_PIECE", 3)
-        monkeypatch.setattr(statistics_cpu, "_FEW", 0)
-    return request.param
+        monkeypatch.setattr(statistics, "_is_on_host", lambda tensor: False)
 
 
 def made(*shape, seed=0, dtype=torch.float32):
@@ -45,6 +39,7 @@ def made(*shape, seed=0, dtype=torch.float32):
 
 
 def read(tensors, **options):
+    """The statistics of all tensors together, and of each."""
     table = statistics.step_size_table(tensors, [BOUNDS] * len(tensors), **options)
     table = torch.cat([table, torch.zeros(5, len(tensors), dtype=table.dtype)])
     return statistics.read(statistics.merge(table.numpy())), [statistics.read(column) for column in table.T.numpy()]
@@ -63,9 +58,9 @@ def read(tensors, **options):
     ],
     ids=["plain", "equal", "channels_last", "views", "float64", "bfloat16", "float16"],
 )
-def test_step_sizes_by_hand(tensors, path):
+def test_step_sizes_match_plain_python(tensors, path):
     total, each = read(tensors, logs=True)
-    # sums of float64 are taken in another order here, and the logarithms of float32 are rounded to it
+    # the tables add float64 in another order and round logarithms to float32
     close = {"rel": 1e-6, "abs": 1e-12}
     everything = [x for tensor in tensors for x in numbers(tensor)]
     right = of_step_sizes(everything, BOUNDS, NAMES)
@@ -80,33 +75,33 @@ def test_step_sizes_by_hand(tensors, path):
             )
         else:
             assert values == {}
-    for share, found in zip(SHARES, statistics.quantiles(tensors, SHARES).tolist(), strict=True):
-        assert found == pytest.approx(quantile(everything, share), rel=1e-15)
+    for level, found in zip(LEVELS, statistics.quantiles(tensors, LEVELS).tolist(), strict=True):
+        assert found == pytest.approx(quantile(everything, level), rel=1e-15)
 
 
-def test_a_mean_is_not_outside(path):
-    """Rounding alone must not lead it there, in any dtype."""
-    for dtype in (torch.float64, torch.float16):
-        tensor = torch.full((1001,), 0.1, dtype=dtype)
-        values, _ = read([tensor], logs=True)
-        assert values["mean"] == values["min"] == values["max"] == tensor[0].item()
-        assert values["std_log10"] == 0
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_mean_stays_within_min_and_max(dtype):
+    """Rounding must not take it out of the range."""
+    tensor = torch.full((1001,), 0.1, dtype=dtype)
+    values, _ = read([tensor], logs=True)
+    assert values["mean"] == values["min"] == values["max"] == tensor[0].item()
+    assert values["std_log10"] == 0
 
 
-@pytest.mark.parametrize("strange", [[-1.0, 2.0, -3.0], [1.0, nan, 2.0], [0.0, inf, 1.0]], ids=str)
-def test_numbers_that_no_step_size_should_be(strange, path):
-    """torch.optim.Rprop checks no bounds: what comes out is as wrong as what went in, and not otherwise."""
-    values, _ = read([torch.tensor(strange)])
+@pytest.mark.parametrize("invalid", [[-1.0, 2.0, -3.0], [1.0, nan, 2.0], [0.0, inf, 1.0]], ids=str)
+def test_invalid_step_sizes_are_reported(invalid, path):
+    """torch.optim.Rprop does not check its bounds, so any number may occur."""
+    values, _ = read([torch.tensor(invalid)])
     for name, function in (("mean", torch.mean), ("min", torch.min), ("max", torch.max)):
-        assert values[name] == pytest.approx(function(torch.tensor(strange)).item(), nan_ok=True)
-    if nan not in strange:
-        assert statistics.quantiles([torch.tensor(strange)], [0.0, 0.5]).tolist() == sorted(strange)[:2]
+        assert values[name] == pytest.approx(function(torch.tensor(invalid)).item(), nan_ok=True)
+    if nan not in invalid:
+        assert statistics.quantiles([torch.tensor(invalid)], [0.0, 0.5]).tolist() == sorted(invalid)[:2]
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 @pytest.mark.parametrize("maximize", [False, True])
-def test_gradients_by_hand(weight_decay, maximize, path):
-    """All pairs of kinds of numbers, with parameters that turn the sign of some; more signs are kept than changed."""
+def test_gradients_match_plain_python(weight_decay, maximize):
+    """All pairs of special numbers, with parameters whose decay turns some signs; more signs are kept than changed."""
     grads, prevs, params = [], [], []
     for i, (grad, prev) in enumerate([*GRADS, *GRADS, *[(2.0, 1.0)] * 3]):
         grads.append(grad)
@@ -124,12 +119,12 @@ def test_gradients_by_hand(weight_decay, maximize, path):
     assert 0 < row[1] < row[2] < n
 
 
-def test_before_the_first_step_nothing_is_compared(path):
+def test_first_step_compares_no_signs():
     gradients = Gradients([torch.tensor([1.0, -1.0, 0.0, nan])], [None], [torch.zeros(4)], [0.0], [False])
     assert statistics.gradient_table(gradients).flatten().tolist() == [4, 0, 0, 1, 1]
 
 
-def test_several_tensors_keep_their_columns(path):
+def test_each_gradient_has_its_column():
     grads = [torch.tensor([1.0, 1.0]), torch.empty(0), torch.tensor([[-1.0, 2.0, 0.0], [4.0, -5.0, 6.0]])]
     prevs = [torch.tensor([-1.0, 1.0]), torch.empty(0), torch.ones(2, 3)]
     gradients = Gradients(grads, prevs, [*map(torch.zeros_like, grads)], [0.0] * 3, [False] * 3)
@@ -137,61 +132,45 @@ def test_several_tensors_keep_their_columns(path):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 1000, (1 << 15) + 1, 3_000_001])
-def test_quantiles_of_many(n, path, monkeypatch):
-    """Also of several pieces on each of three threads, with equal numbers among them, as a network has them."""
-    if path == "kernel" and n > 1000:
-        monkeypatch.setattr(statistics_cpu, "_PIECE", 1 << 18)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+def test_quantiles_of_many_are_exact(n, path):
+    """Also with ties, which are common in a network."""
     tensor = made(n)
     tensor[: n // 3] = 0.01
     ordered = tensor.double().sort().values.tolist()
-    found = statistics.quantiles([tensor[: n // 2], tensor[n // 2 :]], SHARES).tolist()
-    assert found == [pytest.approx(quantile(ordered, share), rel=1e-15) for share in SHARES]
-
-
-def test_the_kernels_take_as_many_threads_as_there_is_work(monkeypatch):
-    asked = []
-    original = statistics_cpu.run
-    monkeypatch.setattr(statistics_cpu, "run", lambda k, threads, *n: asked.append(threads) or original(k, threads, *n))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    read([made(100)])
-    many = [made(1 << 19), made(1 << 20, seed=1)]
-    values, _ = read(many)
-    assert asked == [1, 3]
-    assert values["mean"] == pytest.approx(torch.cat(many).double().mean().item(), rel=1e-12)
-    assert [read(many)[0] for _ in range(5)] == [values] * 5  # whichever thread took which piece
+    found = statistics.quantiles([tensor[: n // 2], tensor[n // 2 :]], LEVELS).tolist()
+    assert found == [pytest.approx(quantile(ordered, level), rel=1e-15) for level in LEVELS]
 
 
 @pytest.mark.parametrize("sizes", [[3, 5, 1], [0, 4], [4096, 10], [1]])
-def test_sketches_of_few_are_exact(sizes):
+def test_small_sketches_are_exact(sizes):
     parts = [made(n, seed=i) for i, n in enumerate(sizes)]
     sketches = torch.stack([statistics.sketch([part] if len(part) else [], 4096) for part in parts])
     everything = [x for part in parts for x in numbers(part)]
-    right = [quantile(everything, share) for share in SHARES]
-    assert statistics.merged_quantiles(sketches, SHARES).tolist() == pytest.approx(right, rel=1e-15)
-    assert statistics.merged_quantiles(sketches[:0], SHARES).isnan().all()
+    right = [quantile(everything, level) for level in LEVELS]
+    assert statistics.merged_quantiles(sketches, LEVELS).tolist() == pytest.approx(right, rel=1e-15)
+    assert statistics.merged_quantiles(sketches[:0], LEVELS).isnan().all()
 
 
-def test_sketches_of_many_are_within_what_is_promised():
+def test_large_sketches_are_within_tolerance():
     parts = [made(n, seed=n) for n in (50_000, 4_097, 20_000, 3)]
     sketches = torch.stack([statistics.sketch([part], statistics.SKETCH) for part in parts])
     ordered = torch.cat(parts).double().sort().values
-    for share, found in zip(SHARES, statistics.merged_quantiles(sketches, SHARES).tolist(), strict=True):
-        low, high = (torch.quantile(ordered, min(max(share + d, 0), 1)).item() for d in (-2e-4, 2e-4))
+    for level, found in zip(LEVELS, statistics.merged_quantiles(sketches, LEVELS).tolist(), strict=True):
+        low, high = (torch.quantile(ordered, min(max(level + d, 0), 1)).item() for d in (-2e-4, 2e-4))
         assert low <= found <= high
 
 
 @pytest.mark.parametrize("name", ["median", "q50", "q0", "q100", "q2.5"])
-def test_names_of_quantiles(name):
-    assert quantile_of(name) == {"q0": 0.0, "q100": 1.0, "q2.5": 0.025}.get(name, 0.5)
+def test_quantile_name_gives_its_level(name):
+    assert quantile_level(name) == {"q0": 0.0, "q100": 1.0, "q2.5": 0.025}.get(name, 0.5)
 
 
 @pytest.mark.parametrize("name", ["q", "q101", "q-1", "q1e1", "q5 ", "Q5", "mean", "q.5"])
-def test_names_of_none(name):
-    assert quantile_of(name) is None
+def test_other_name_gives_no_level(name):
+    assert quantile_level(name) is None
 
 
-def test_histogram_counts_all():
+def test_histogram_counts_every_step_size():
     tensors = [made(1000), torch.tensor([1e-9, 1e9])]
     counts = statistics.histogram(tensors, -4.0, 1.0, 10)
     logarithms = torch.cat(tensors).log10().clamp(-4, 1)
@@ -202,6 +181,7 @@ def test_histogram_counts_all():
 
 
 def net(dtype=torch.float32, **options):
+    """An optimizer that has made some steps, and its rows."""
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((4, 3), (2,), (5,))]
     optimizer = Rprop(params, **options)
@@ -212,13 +192,13 @@ def net(dtype=torch.float32, **options):
     return optimizer, list_rows([optimizer], {id(p): f"p{i}" for i, p in enumerate(params)}, 0)
 
 
-def test_complex_weights_are_two_numbers():
+def test_complex_weight_counts_as_two():
     optimizer, rows = net(torch.complex64)
     plan = Plan(("mean", "max", "median", "sign_changed"), False, frozenset({"p1"}), False)
     state = {p: dict(s) for p, s in optimizer.state.items()}
     for p in state:
         p.grad = torch.randn_like(p)
-    measured = measure(rows, [look(rows)], plan)
+    measured = measure(rows, [summarize_gradients(rows)], plan)
     for scope, members in ((("total", ""), list(state)), (("parameter", "p1"), list(state)[1:2])):
         sizes = [x for p in members for x in numbers(state[p]["step_size"])]
         grads, prevs = (
@@ -229,7 +209,7 @@ def test_complex_weights_are_two_numbers():
 
 
 class Watch(TorchDispatchMode):
-    """Notes what brings a number to the host: an accelerator's queue would have to run empty."""
+    """Records operations that bring a number to the host, for which an accelerator would drain its queue."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "equal")
 
@@ -246,9 +226,9 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("gathers", [False, True])
-def test_a_record_comes_to_the_host_in_one_piece(gathers, monkeypatch):
-    """All statistics of all parameters, on torch's path, which accelerators take."""
-    monkeypatch.setattr(statistics_cpu, "_serves", lambda *_: False)
+def test_record_needs_one_transfer(gathers, monkeypatch):
+    """All statistics of all parameters, computed as on an accelerator."""
+    monkeypatch.setattr(statistics, "_is_on_host", lambda tensor: False)
     _, rows = net(weight_decay=0.1)
     names = (*STATISTICS, "q10", "q90")
     plan = Plan(names, True, frozenset(row.name for row in rows), True)
@@ -261,9 +241,9 @@ def test_a_record_comes_to_the_host_in_one_piece(gathers, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     with Watch() as watch:
-        seen = [look(rows)]
+        gradients = [summarize_gradients(rows)]
         gather = (lambda packed: packed.unsqueeze(0)) if gathers else None
-        measured = measure(rows, seen, plan, torch.tensor(3.0), gather)
+        measured = measure(rows, gradients, plan, torch.tensor(3.0), gather)
     assert len(brought) == 1
     assert brought[0][1] == []
     assert brought[0][2] > 100  # the mode saw it
@@ -272,7 +252,7 @@ def test_a_record_comes_to_the_host_in_one_piece(gathers, monkeypatch):
     assert set(measured.statistics["total", ""]) == set(names)
 
 
-def test_what_is_an_rprop():
+def test_rprop_is_found_in_wrappers():
     param = torch.nn.Parameter(torch.zeros(2))
     sgd, mine, torchs = torch.optim.SGD([param]), Rprop([param]), torch.optim.Rprop([param])
 

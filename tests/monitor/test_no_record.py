@@ -148,7 +148,7 @@ class Idle(Net):
     [
         (
             {"every_n_steps": 2},
-            "no step sizes at the steps it records, every 2. Check that training_step returns a loss",
+            "no step sizes, although it recorded every 2 steps. Check that training_step returns a loss",
         ),
         ({"logging_interval": "epoch"}, "at the end of an epoch, and found no step sizes there. Check that an epoch"),
     ],

@@ -29,7 +29,7 @@ def test_suffix_decides_the_file_format(name, start, tmp_path):
 @pytest.mark.parametrize("name", ["new/a.xyz", "new/a"])
 def test_unknown_suffix_is_refused(name, tmp_path):
     fig, _ = plot_series(make_series(["a"]))
-    with pytest.raises(ValueError, match=rf"the suffix of '.*{name}' must tell the format .*png"):
+    with pytest.raises(ValueError, match=rf"the suffix of '.*{name}' must be a picture format: .*png"):
         save(fig, str(tmp_path / name))
     assert list(tmp_path.iterdir()) == []
 

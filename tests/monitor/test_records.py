@@ -84,7 +84,9 @@ def test_parameters_stay_out_of_callback_metrics(tmp_path):
 
 def test_unmatched_pattern_is_an_error(tmp_path):
     trainer = make_trainer(tmp_path, [quiet_monitor(per_parameter=["net.0.*", "net.1.*"])])
-    with pytest.raises(MisconfigurationException, match=r"per_parameter: 'net.1.\*' fits none .*: net.0.weight, net.0"):
+    with pytest.raises(
+        MisconfigurationException, match=r"per_parameter: 'net.1.\*' matches none .*: net.0.weight, net.0"
+    ):
         trainer.fit(Net(make_ours), Batches(1))
     assert trainer.global_step == 0
 
@@ -136,13 +138,13 @@ def test_nothing_is_computed_between_records(log_every_n_steps, tmp_path, monkey
 
         return call
 
-    for name in ("look", "measure"):
+    for name in ("summarize_gradients", "measure"):
         monkeypatch.setattr(f"lightning_rprop.monitor.callback.{name}", spy(name))
     log = Recorder()
     trainer = make_trainer(tmp_path, [quiet_monitor()], logger=log, log_every_n_steps=log_every_n_steps, max_epochs=2)
     trainer.fit(Net(make_ours), Batches(5))
-    records = [("look", 6), ("measure", 7)] if log_every_n_steps else []
-    assert seen == [*records, ("look", 9), ("measure", 10)]
+    records = [("summarize_gradients", 6), ("measure", 7)] if log_every_n_steps else []
+    assert seen == [*records, ("summarize_gradients", 9), ("measure", 10)]
     assert [step for step, _ in log.records()] == ([6] if log_every_n_steps else [])
 
 

@@ -1,6 +1,5 @@
 """Numba's kernel: its threads, its cache on disk, and what is done without it."""
 
-import inspect
 import os
 import threading
 from pathlib import Path
@@ -11,11 +10,8 @@ from cases import gradients
 from programs import run
 
 from lightning_rprop import Rprop
-from lightning_rprop.monitor import _statistics_cpu as statistics_cpu
-from lightning_rprop.monitor import _statistics_kernel as statistics_kernel
 from lightning_rprop.optim import _machine_code as machine_code
 from lightning_rprop.optim import _numba as fused_cpu
-from lightning_rprop.optim import _numba_kernel as fused_cpu_kernel
 from lightning_rprop.optim import _threads as kernel_threads
 
 LARGE = 4 * fused_cpu._CHUNK
@@ -227,13 +223,6 @@ def test_code_without_the_function_is_refused(tmp_path, monkeypatch):
     module = 'define void @"other"() { ret void }'
     with pytest.raises(RuntimeError, match="the compiled code has no function rprop_missing"):
         machine_code.load("rprop_missing", "source", lambda: ("rprop_missing", module))
-
-
-def test_monitor_kernels_depend_on_both_sources(monkeypatch):
-    sources = []
-    monkeypatch.setattr(machine_code, "load", lambda name, source, compile_module: sources.append(source) or 0)
-    statistics_cpu.load_kernel.__wrapped__("gradients")
-    assert all(inspect.getsource(module) in sources[0] for module in (statistics_kernel, fused_cpu_kernel))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
