@@ -124,8 +124,8 @@ def test_a_rank_holds_its_share_only():
     assert loader._part.data.shape == (250, 2)
     loader = FullBatchLoader(x, device="cpu")
     loader.share(1, 4, torch.device("meta"))
-    assert not loader.lies_on(torch.device("meta"))
-    assert loader.lies_on(torch.device("cpu"))
+    assert not loader._is_on(torch.device("meta"))
+    assert loader._is_on(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

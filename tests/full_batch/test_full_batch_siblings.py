@@ -179,7 +179,7 @@ def test_persistent_workers_of_a_loader_that_was_looked_at():
         loader.share(rank, 2, torch.device("cpu"))
         counted = [m.data[1] for m in loader.micro_batches() if m.size]
         assert torch.equal(torch.cat(counted), torch.cat([Y[i : i + 5] for i in range(5 * rank, 20, 10)]))
-        loader.release()
+        loader._release()
 
 
 def test_time_axis_of_a_stream_is_not_taken_for_samples(tmp_path):
@@ -376,6 +376,6 @@ def test_first_counted_micro_batch_calls_the_hook(tmp_path):
 
 def test_order_of_keys_does_not_change_the_fingerprint():
     first, second = OrderedDict(x=X, y=Y), OrderedDict(y=Y, x=X)
-    assert FullBatchLoader(first).fingerprint() == FullBatchLoader(second).fingerprint()
-    assert FullBatchLoader({"x": X, "y": Y}).fingerprint() == FullBatchLoader({"y": Y, "x": X}).fingerprint()
+    assert FullBatchLoader(first)._fingerprint() == FullBatchLoader(second)._fingerprint()
+    assert FullBatchLoader({"x": X, "y": Y})._fingerprint() == FullBatchLoader({"y": Y, "x": X})._fingerprint()
     assert not all_equal([X], [Y[:, :1].expand_as(X)])
