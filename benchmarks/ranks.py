@@ -1,7 +1,7 @@
-"""Runs a benchmark on several ranks: gloo processes on this machine, as torchrun starts them.
+"""Run a benchmark on several ranks: gloo processes on this machine, started as torchrun does.
 
-Each ends by ``answer``: torch may abort a process that ends with a process group, while a thread of gloo lets go of its
-last tensor (torch issue 190489).
+Each rank ends with ``answer``. On a normal exit torch may abort a process that still has a process group (torch issue
+190489).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any, NoReturn
 
 
 def on_ranks(world: int, module: str, *arguments: object) -> Any:
-    """Run ``python -m module arguments`` as so many ranks; give what rank 0 has answered."""
+    """Run ``python -m module arguments`` on ``world`` ranks; return the answer of rank 0."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(world):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        places |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "benchmark"}
-        environment = {**os.environ, **{name: str(value) for name, value in places.items()}}
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "benchmark"}
+        environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
         command = [sys.executable, "-m", module, *map(str, arguments)]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate()[0] for process in processes]
@@ -32,7 +32,7 @@ def on_ranks(world: int, module: str, *arguments: object) -> Any:
     return json.loads(outputs[0].splitlines()[-1])
 
 
-def answer(found: Any) -> NoReturn:
-    """Hand over what this rank has found, and be gone: nothing is left to be cleaned up."""
-    print(json.dumps(found), flush=True)
+def answer(result: Any) -> NoReturn:
+    """Print this rank's result and exit without cleaning up."""
+    print(json.dumps(result), flush=True)
     os._exit(0)

@@ -169,7 +169,7 @@ def test_an_augmenting_dataset_is_warned_of():
         def __getitem__(self, i):
             return torch.randn(2)
 
-    with pytest.warns(UserWarning, match="Augmenting gives another sample 0 at each look.*do so once"):
+    with pytest.warns(UserWarning, match="Augmenting returns a different sample 0 each time.*do so once"):
         FullBatchLoader(Augmenting())
 
 
