@@ -1,8 +1,8 @@
-"""What full-batch training costs in Lightning, against hand-written loops and against Lightning's own ways.
+"""The cost of full-batch training in Lightning, compared with hand-written loops and with plain Lightning.
 
-An MLP 20-64-64-1 with tanh learns a regression, on the CPU. The programs of a row run in turn, many times over, so that
-whatever else the machine does falls on all of them; printed are medians of the milliseconds of one optimizer step, an
-evaluation and a move, measured between calls of training_step.
+A 20-64-64-1 MLP with tanh learns a regression on the CPU. The two programs of a row alternate, so that other load on
+the machine affects both. The table shows the median milliseconds of one optimizer step (an evaluation and an update),
+measured between calls of training_step.
 
     python -m benchmarks.full_batch
     python -m benchmarks.full_batch --json full_batch.json
@@ -43,19 +43,19 @@ MICRO_BATCHES = 16
 
 
 def network() -> nn.Sequential:
-    """Make the network, the same at each call."""
+    """Return the network, with the same parameters in each call."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
 
 
 def data(n: int) -> tuple[Tensor, Tensor]:
-    """Make ``n`` samples: inputs ``(n, 20)`` and targets ``(n, 1)``."""
+    """Return ``n`` samples: inputs ``(n, 20)`` and targets ``(n, 1)``."""
     x = torch.randn(n, 20, generator=torch.Generator().manual_seed(0))
     return x, x[:, :2].sin().sum(dim=1, keepdim=True)
 
 
 class Fit(pl.LightningModule):
-    """The model as a user writes it; it notes when training_step begins."""
+    """A user's model that records when each training_step begins."""
 
     def __init__(self, make: Callable[..., torch.optim.Optimizer], log: bool = False) -> None:
         super().__init__()
@@ -74,18 +74,18 @@ class Fit(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make the optimizer."""
+        """Return the optimizer."""
         return self.make(self.parameters())
 
 
 def milliseconds(starts: list[float], calls_per_step: int) -> float:
-    """Give the time of a step, the first tenth of the run left out."""
+    """Return the time of a step in milliseconds, without the first tenth of the run."""
     begin = len(starts) // 10 // calls_per_step * calls_per_step
     return 1e3 * (starts[-1] - starts[begin]) / (len(starts) - 1 - begin) * calls_per_step
 
 
 def fit(module: Fit, loader: Any, folder: str, **options: Any) -> list[float]:
-    """Train, quietly, and tell when each training_step began."""
+    """Train without output, and return when each training_step began."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     trainer = pl.Trainer(
         accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **{**quiet, "devices": 1, **options}
@@ -96,7 +96,7 @@ def fit(module: Fit, loader: Any, folder: str, **options: Any) -> list[float]:
 
 
 def ours(n: int, folder: str, steps: int, max_iter: int = 1, cuts: int = 1, log: bool = False, **options: Any) -> float:
-    """Train with FullBatch; ``cuts`` is how many micro-batches each rank makes."""
+    """Train with FullBatch and ``cuts`` micro-batches per rank."""
     module = Fit(lambda params: Rprop(params, max_iter=max_iter), log)
     batches = max(2, steps // max_iter)
     loader = FullBatchLoader(data(n), math.ceil(n / cuts / options.get("devices", 1)), steps_per_epoch=batches)
@@ -105,7 +105,7 @@ def ours(n: int, folder: str, steps: int, max_iter: int = 1, cuts: int = 1, log:
 
 
 def by_hand(n: int, folder: str, steps: int, cuts: int = 1) -> float:
-    """Train in a loop as one writes it without Lightning, with torch's Rprop."""
+    """Train with torch's Rprop in a loop without Lightning."""
     net, (x, y) = network(), data(n)
     optimizer = torch.optim.Rprop(net.parameters())
     size = math.ceil(n / cuts)
@@ -124,14 +124,14 @@ def by_hand(n: int, folder: str, steps: int, cuts: int = 1) -> float:
 
 
 def as_users_do(n: int, folder: str, steps: int) -> float:
-    """Train in Lightning with a DataLoader of one batch."""
+    """Train in plain Lightning with a DataLoader of one batch."""
     module = Fit(torch.optim.Rprop)
     loader = DataLoader(TensorDataset(*data(n)), batch_size=n)
     return milliseconds(fit(module, loader, folder, max_epochs=steps), 1)
 
 
 def accumulating(n: int, folder: str, steps: int, cuts: int, **options: Any) -> float:
-    """Train in Lightning with gradients accumulated over the epoch."""
+    """Train in plain Lightning with gradients accumulated over the epoch."""
     module = Fit(torch.optim.Rprop)
     ranks = options.get("devices", 1)
     loader = DataLoader(TensorDataset(*data(n)), batch_size=math.ceil(n / cuts / ranks))
@@ -140,7 +140,7 @@ def accumulating(n: int, folder: str, steps: int, cuts: int, **options: Any) -> 
 
 
 class Row(NamedTuple):
-    """Two programs, and how many times the peer's time ours may take."""
+    """A program, its peer, and the highest allowed ratio of their times."""
 
     about: str
     ours: Callable[[str, int], float]
@@ -165,8 +165,8 @@ def _bare(n: int, folder: str, steps: int) -> float:
 
 
 def rows(folder: str) -> dict[str, Row]:
-    """Give the rows of the table."""
-    hand, users = "loop by hand, torch.optim.Rprop", "Lightning, DataLoader(batch_size=N)"
+    """Return the rows of the table by name."""
+    hand, users = "hand-written loop, torch.optim.Rprop", "Lightning, DataLoader(batch_size=N)"
     observed = {"logger": CSVLogger(folder), "enable_progress_bar": True, "log": True}
     return {
         "often-large": _row("max_iter=20", LARGE, hand, by_hand, 1.0, max_iter=20),
@@ -177,12 +177,12 @@ def rows(folder: str) -> dict[str, Row]:
         "micro": _row(
             f"{MICRO_BATCHES} micro-batches", LARGE, f"{hand}, accumulating", by_hand, 1.4, cuts=MICRO_BATCHES
         ),
-        "observed": _row("progress bar and CSVLogger", LARGE, "the same without", _bare, 1.15, **observed),
+        "observed": _row("progress bar and CSVLogger", LARGE, "the same without them", _bare, 1.15, **observed),
     }
 
 
 def medians(row: Row, folder: str, seconds: float) -> tuple[float, float]:
-    """Run both programs in turn for about so long each; give the medians of their milliseconds a step."""
+    """Alternate both programs, for about so many seconds each; return the medians of their milliseconds per step."""
     programs = (row.ours, row.peer)
     steps = [max(40, int(1e3 * seconds / 8 / program(folder, 40))) for program in programs]
     times: list[list[float]] = [[], []]
@@ -193,13 +193,13 @@ def medians(row: Row, folder: str, seconds: float) -> tuple[float, float]:
 
 
 def on_two_ranks(folder: str, seconds: float) -> tuple[float, float]:
-    """Run both programs of the row for two ranks."""
+    """Run both programs of the two-rank row."""
     mine, theirs = on_ranks(2, "benchmarks.full_batch", "--as-rank", folder, "--seconds", seconds)
     return mine, theirs
 
 
 def as_rank(folder: str, seconds: float) -> list[float]:
-    """Be one of the two ranks, with as many rounds and steps as the other; give the medians."""
+    """Run both programs as one of the two ranks; return the medians."""
     times: list[list[float]] = [[], []]
     steps = max(20, int(20 * seconds))
     both = {"devices": 2, "strategy": "ddp"}
@@ -210,19 +210,19 @@ def as_rank(folder: str, seconds: float) -> list[float]:
 
 
 class Saved:
-    """Counts the bytes that autograd saves for backward, parameters left out, and remembers the most."""
+    """Counts the bytes that autograd saves for backward, without parameters, and their maximum."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
 
     def pack(self, tensor: Tensor) -> Any:
-        """Count a tensor until it is let go."""
+        """Count a tensor until it is freed."""
         if isinstance(tensor, nn.Parameter) or (tensor.ndim == 2 and isinstance(tensor._base, nn.Parameter)):
             return tensor
         return _Kept(self, tensor)
 
     def unpack(self, kept: Any) -> Tensor:
-        """Give the tensor back."""
+        """Return the tensor."""
         return kept.tensor if isinstance(kept, _Kept) else kept
 
 
@@ -237,7 +237,7 @@ class _Kept:
 
 
 class Counted(Fit):
-    """The same model, whose saved tensors are counted."""
+    """The same model, with its saved tensors counted."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Compute the loss."""
@@ -246,7 +246,7 @@ class Counted(Fit):
 
 
 def activations(folder: str) -> dict[str, int]:
-    """Measure the most bytes of activations at once, with and without micro-batches."""
+    """Measure the peak bytes of activations, with and without micro-batches."""
     found = {}
     for name, size in (("one batch", None), (f"{MICRO_BATCHES} micro-batches", LARGE // MICRO_BATCHES)):
         module = Counted(Rprop)
@@ -259,11 +259,11 @@ def activations(folder: str) -> dict[str, int]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=8.0, help="for each program of a row, about")
+    parser.add_argument("--seconds", type=float, default=8.0, help="approximate time for each program of a row")
     parser.add_argument(
-        "--only", help="comma-separated beginnings of rows: often, alone, users, micro, observed, ranks, memory"
+        "--only", help="comma-separated prefixes of rows: often, alone, users, micro, observed, ranks, memory"
     )
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
@@ -280,8 +280,8 @@ def main() -> None:
         names = [*table, "ranks", "memory"]
         wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
         chosen = [name for name in names if name.startswith(wanted)]
-        if unknown := [beginning for beginning in wanted if not any(name.startswith(beginning) for name in names)]:
-            parser.error(f"--only: no row {', '.join(unknown)}; there are {', '.join(names)}")
+        if unknown := [prefix for prefix in wanted if not any(name.startswith(prefix) for name in names)]:
+            parser.error(f"--only: no row {', '.join(unknown)}. Choose from {', '.join(names)}")
         for name in chosen:
             if name == "memory":
                 continue

@@ -1,7 +1,7 @@
-"""Run a benchmark on several ranks: gloo processes on this machine, with the environment that torchrun sets.
+"""Run a benchmark on several ranks: gloo processes on this machine, started as torchrun does.
 
-Each rank must end with ``answer``: at a normal exit, torch may abort a process that has a process group, while a gloo
-thread is still releasing its last tensor (torch issue 190489).
+Each rank ends with ``answer``. On a normal exit torch may abort a process that still has a process group (torch issue
+190489).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 
 def on_ranks(world: int, module: str, *arguments: object) -> Any:
-    """Run ``python -m module arguments`` on ``world`` ranks, and return the answer of rank 0."""
+    """Run ``python -m module arguments`` on ``world`` ranks; return the answer of rank 0."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -32,7 +32,7 @@ def on_ranks(world: int, module: str, *arguments: object) -> Any:
     return json.loads(outputs[0].splitlines()[-1])
 
 
-def answer(found: Any) -> NoReturn:
-    """Print this rank's results as JSON, and exit without cleanup."""
-    print(json.dumps(found), flush=True)
+def answer(result: Any) -> NoReturn:
+    """Print this rank's result and exit without cleaning up."""
+    print(json.dumps(result), flush=True)
     os._exit(0)

@@ -1,18 +1,18 @@
-"""Measure the traffic between ranks per step: counted on one to three ranks, extrapolated to more.
+"""The bytes that ranks send to each other in a step: measured on one to three ranks, computed for more.
 
-Every rank has the same number of samples, in 8 micro-batches (weak scaling). The benchmark counts the bytes passed to
-each kind of collective. On Linux it also reads the bytes that the loopback interface carried for all ranks together:
-the median of several fits, because other programs use that interface too. The peer is Lightning's
+Every rank has the same number of samples in 8 micro-batches (weak scaling). Two things are measured: the bytes passed
+to each kind of collective, and on Linux the bytes on the loopback interface for all ranks together. The latter is a
+median over several fits, because other programs use the interface too. The peer is Lightning's
 ``accumulate_grad_batches`` on the same micro-batches.
 
 Predicted before the first run, with B bytes of gradients and N ranks:
 
 - FullBatch: one all-reduce of B, in DDP's buckets, and one of 16 bytes for the loss and the number of samples.
-- Lightning's accumulation: one all-reduce of B, and a broadcast of 8 bytes per micro-batch.
-- A ring sends 2 (N - 1) / N B per rank, so 2 (N - 1) B over the loopback, plus a few per mille for headers.
-- FSDP2: two all-gathers of the parameters and a reduce-scatter of the gradients per micro-batch. Each sends
-  (N - 1) / N B per rank, so 8 micro-batches take 12 times the traffic of DDP. (The loopback carried a third more,
-  because gloo implements reduce-scatter as an all-reduce.)
+- Lightning's accumulation: also one all-reduce of B, and a broadcast of 8 bytes for each micro-batch.
+- A ring sends 2 (N - 1) / N B per rank, hence 2 (N - 1) B over the loopback, plus less than 1 % for headers.
+- FSDP2: two all-gathers of the parameters and one reduce-scatter of the gradients for each micro-batch. Each of these
+  sends (N - 1) / N B per rank, so 8 micro-batches need 12 times the bytes of DDP. (The loopback carries a third more,
+  because gloo implements reduce-scatter by an all-reduce.)
 
     python -m benchmarks.traffic
     python -m benchmarks.traffic --json traffic.json
@@ -51,18 +51,18 @@ from benchmarks.ranks import answer, on_ranks
 from benchmarks.step import CASES, OURS, bytes_moved, machine, optimizer_program
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
-INTERFACES = Path("/proc/net/dev")  # Linux only
-CUTS, SIZE = 8, 8  # micro-batches per rank, samples per micro-batch
+INTERFACES = Path("/proc/net/dev")  # Linux's
+CUTS, SIZE = 8, 8  # micro-batches per rank, and samples per micro-batch
 NETS = {"small": (20, 64, 64, 1), "large": (20, 1000, 960, 1)}
 PEER, FSDP2 = "accumulate_grad_batches", "FullBatch, FSDP2"
 PROGRAMS = ("FullBatch", PEER, FSDP2)
 LINKS = {"10 Gbit/s": 1.25e9, "100 Gbit/s": 1.25e10}  # bytes per second
-LOSS = 2 * 8  # FullBatch: sum of losses and number of samples, in float64
-FLAG = 8  # Lightning, per Trainer batch: whether a rank received a signal to stop
+LOSS = 2 * 8  # FullBatch reduces the sum of losses and the number of samples, in float64
+FLAG = 8  # Lightning broadcasts with each of its batches whether to stop
 
 
 class Collectives(TorchDispatchMode):
-    """Count this rank's collectives, and the bytes of the whole tensors, by kind."""
+    """Counts this rank's collectives by kind, and their bytes; a sharded tensor counts as a whole."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,13 +73,13 @@ class Collectives(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func.name().removeprefix("c10d::").strip("_")
             self.calls[name] += 1
-            if name != "barrier":  # its tensor is a placeholder
+            if name != "barrier":  # its tensor is a dummy
                 self.bytes[name] += max(sum(t.nbytes for t in tree_leaves(a) if isinstance(t, Tensor)) for a in args)
         return func(*args, **(kwargs or {}))
 
 
 class Marks(pl.Callback):
-    """Record the counts after each step."""
+    """Records the counts after each step."""
 
     def __init__(self, collectives: Collectives) -> None:
         self.collectives = collectives
@@ -88,14 +88,14 @@ class Marks(pl.Callback):
         self.loopback: list[int] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Record the counts if the batch ended in a step."""
+        """Record the counts if the optimizer made a step."""
         if trainer.global_step > len(self.calls):
             self.calls.append(Counter(self.collectives.calls))
             self.bytes.append(Counter(self.collectives.bytes))
             self.loopback.append(loopback())
 
     def per_step(self, found: list[Any]) -> Any:
-        """Return the mean increase per step, without the first two steps, in which DDP sets up its buckets."""
+        """Return the average increase per step, without the first two, in which DDP rebuilds its buckets."""
         first, last, steps = found[1], found[-1], len(found) - 2
         if isinstance(last, Counter):
             return {name: count / steps for name, count in (last - first).items()}
@@ -103,13 +103,13 @@ class Marks(pl.Callback):
 
 
 def loopback() -> int:
-    """Return the bytes that the loopback interface has carried, 0 if unknown."""
+    """Return the bytes that the loopback interface has carried; 0 if unknown."""
     lines = INTERFACES.read_text().splitlines() if INTERFACES.exists() else []
     return next((int(line.split(":")[1].split()[8]) for line in lines if line.strip().startswith("lo:")), 0)
 
 
 class Sharded(Fit):
-    """The model, with its layers sharded by FSDP2."""
+    """The model with its layers sharded by FSDP2."""
 
     def configure_model(self) -> None:
         """Shard the layers."""
@@ -119,7 +119,7 @@ class Sharded(Fit):
 
 
 def train(net: str, program: str, world: int, steps: int, folder: str, *callbacks: pl.Callback) -> list[float]:
-    """Fit with one of the programs, and return the start time of each training_step."""
+    """Fit with one of the programs; return when each training_step began."""
     module = (Sharded if program == FSDP2 else Fit)(Rprop)
     torch.manual_seed(0)
     module.net = mlp(*NETS[net])
@@ -137,7 +137,7 @@ def train(net: str, program: str, world: int, steps: int, folder: str, *callback
 
 
 def as_rank(world: int, steps: int, fits: int, folder: str) -> list[dict[str, Any]]:
-    """Run all programs alternately as one of the ranks, and return the counts of each."""
+    """Run all programs as one of the ranks; return the counts of each."""
     rows = []
     for net in NETS:
         found: dict[str, list[Marks]] = {program: [] for program in PROGRAMS if program != FSDP2 or world > 1}
@@ -156,7 +156,7 @@ def as_rank(world: int, steps: int, fits: int, folder: str) -> list[dict[str, An
 
 
 def weights(net: str, ranks: int = 1) -> int:
-    """Return the bytes of a network's parameters. FSDP2 pads their rows to a multiple of the number of ranks."""
+    """Return the bytes of a network's parameters; FSDP2 pads the rows of each to a multiple of the ranks."""
     shapes = [p.shape for p in mlp(*NETS[net]).parameters()]
     return sum(4 * ranks * math.ceil(shape[0] / ranks) * math.prod(shape[1:]) for shape in shapes)
 
@@ -164,7 +164,7 @@ def weights(net: str, ranks: int = 1) -> int:
 def predicted(net: str, program: str, world: int) -> dict[str, int]:
     """Return the predicted bytes of each kind of collective in a step."""
     if world == 1:
-        return {"allreduce": weights(net)}  # DDP calls it on one rank, too
+        return {"allreduce": weights(net)}  # DDP reduces on one rank too
     if program == PEER:
         return {"allreduce": weights(net), "broadcast": FLAG * CUTS}
     if program == FSDP2:
@@ -174,12 +174,12 @@ def predicted(net: str, program: str, world: int) -> dict[str, int]:
 
 
 def sent(collective: str, size: float, world: int) -> float:
-    """Return the bytes that each rank of a ring sends, on average, for a collective on ``size`` bytes."""
+    """Return the average bytes that each rank of a ring sends for a collective of this size."""
     return {"allreduce": 2, "barrier": 0}.get(collective, 1) * (world - 1) / world * size
 
 
 class Load(NamedTuple):
-    """A step to extrapolate from: its bytes of gradients, and the seconds that a rank computes."""
+    """A step as input of the prediction: bytes of gradients, and seconds of computation on a rank."""
 
     about: str
     size: int
@@ -187,7 +187,7 @@ class Load(NamedTuple):
 
 
 def loads(folder: str) -> list[Load]:
-    """Measure the compute time of a rank: a whole step of the large network, and the optimizer step of ResNet-50."""
+    """Measure the computation on a rank: a whole step of the large network, and only the optimizer for ResNet-50."""
     torch.manual_seed(0)
     case = CASES["resnet50"]
     step = optimizer_program(OURS, case, [[torch.randn(shape) for shape in case.shapes] for _ in range(2)])
@@ -198,15 +198,15 @@ def loads(folder: str) -> list[Load]:
         step.run()
         times.append(time.perf_counter() - start)
     whole = statistics.median(milliseconds(train("large", "FullBatch", 1, 30, folder), CUTS) for _ in range(3)) / 1e3
-    dist.destroy_process_group()  # else torch may abort the process at exit (torch issue 190489)
+    dist.destroy_process_group()  # otherwise torch may abort the process on exit (torch issue 190489)
     return [
         Load(f"{weights('large') // 4:,} parameters, {CUTS} x {SIZE} samples", weights("large"), whole),
-        Load("ResNet-50, only the optimizer", bytes_moved(case) // 7, statistics.median(times[2:])),
+        Load("ResNet-50's, optimizer time only", bytes_moved(case) // 7, statistics.median(times[2:])),
     ]
 
 
 def print_counts(rows: list[dict[str, Any]]) -> None:
-    """Print the counted and the predicted traffic."""
+    """Print the measured and predicted bytes."""
     print("| network | ranks | program | collectives per step | bytes | predicted | loopback, all ranks | predicted |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
@@ -223,8 +223,8 @@ def print_counts(rows: list[dict[str, Any]]) -> None:
 
 def print_paper(found: list[Load]) -> None:
     """Print the extrapolation: bytes, milliseconds, and the maximum steps per second without overlap."""
-    head = ["gradients of", "compute, ms", "ranks", "MB sent per rank", f"with FSDP2 and {CUTS} micro-batches"]
-    head += [f"{what} at {name}" for name in LINKS for what in ("ms", "max steps/s")]
+    head = ["gradients of", "computing, ms", "ranks", "MB sent per rank", f"with FSDP2 and {CUTS} micro-batches"]
+    head += [f"{what} at {name}" for name in LINKS for what in ("ms", "most steps/s")]
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for load in found:
         for world in (4, 8, 64, 512):
@@ -235,20 +235,20 @@ def print_paper(found: list[Load]) -> None:
 
 
 def main() -> None:
-    """Measure, and print the tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--worlds", type=int, nargs="+", default=[1, 2, 3], help="numbers of ranks to measure (default: 1 2 3)"
     )
     parser.add_argument("--steps", type=int, default=10, help="steps per fit, at least 3 (default: 10)")
     parser.add_argument("--fits", type=int, default=3, help="fits per program (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.steps < 3:
-        parser.error(f"--steps must be at least 3, got {arguments.steps}")
+        parser.error(f"--steps: must be at least 3, got {arguments.steps}")
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the ranks; Lightning would use more threads
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the ranks too, to which Lightning would give more
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for package in ("fabric", "pytorch"):

@@ -1,4 +1,4 @@
-"""Full-batch Rprop in a Fabric loop, on any number of devices: the gradient and loss of all samples, exactly."""
+"""Full-batch Rprop in a Fabric loop on any number of devices, with the exact gradient and loss of all samples."""
 
 # python examples/fabric.py, or: fabric run --accelerator=cpu --devices=2 examples/fabric.py
 import torch
@@ -8,8 +8,8 @@ from lightning_rprop import FullBatchLoader, Rprop
 
 
 def fit(fabric, net, optimizer, loader, steps, resume=None):
-    """Train for so many steps in all, from a checkpoint on where one is given, and leave one."""
-    optimizer.shared_loss = True  # evaluate() returns the same number on every process, as irprop+ demands
+    """Train up to ``steps`` steps, resume from a checkpoint if one is given, and save one."""
+    optimizer.shared_loss = True  # evaluate() returns the same number on every process, as irprop+ requires
     net, optimizer = fabric.setup(net, optimizer)
     loader.share(fabric.global_rank, fabric.world_size, fabric.device)
     state = {"net": net, "optimizer": optimizer, "step": 0}
@@ -22,7 +22,7 @@ def fit(fabric, net, optimizer, loader, steps, resume=None):
         for (x, y), size, is_last in loader.micro_batches():
             with fabric.no_backward_sync(net, enabled=not is_last):
                 loss = (net(x) - y).square().mean() * (size / loader.num_samples)
-                fabric.backward(loss * fabric.world_size)  # as DDP takes the mean over the ranks
+                fabric.backward(loss * fabric.world_size)  # because DDP averages over the ranks
             total += loss.detach()
         return fabric.all_reduce(total, reduce_op="sum")
 
@@ -38,4 +38,4 @@ if __name__ == "__main__":
     net = torch.nn.Sequential(torch.nn.Linear(1, 20), torch.nn.Tanh(), torch.nn.Linear(20, 1))
     fit(Fabric(), net, Rprop(net.parameters(), variant="irprop+"), FullBatchLoader((x, x.sin()), 50), steps=300)
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # else torch may abort at the very end (torch issue 190489)
+        torch.distributed.destroy_process_group()  # otherwise torch may abort on exit (torch issue 190489)

@@ -1,11 +1,11 @@
-"""A physics-informed network: Rprop against LBFGS and Adam, each with the same time, and a picture of it.
+"""A physics-informed network: Rprop compared with LBFGS and Adam in equal time, with a plot.
 
 The network learns the solution of a Poisson equation on the unit square,
 
     u_xx + u_yy = f,   u = 0 on the border,
 
-from the equation alone: its loss is the mean square of what the equation leaves at a grid of points inside, the full
-batch of every step. f is chosen such that the solution is known, u = sin(pi x) sin(2 pi y), by which the error is told.
+from the equation only. Its loss is the mean squared residual on a grid of interior points, all of them in every step. f
+is chosen so that the solution is known, u = sin(pi x) sin(2 pi y), which gives the error.
 
     python examples/pinn.py
     python examples/pinn.py --seconds 20 --points 100 --micro-batch-size 2000
@@ -37,19 +37,19 @@ PI = torch.pi
 
 
 def solution(points: Tensor) -> Tensor:
-    """Give the exact u at points ``(n, 2)``, of shape ``(n, 1)``."""
+    """Return the exact u at points ``(n, 2)``, of shape ``(n, 1)``."""
     x, y = points.split(1, dim=1)
     return (PI * x).sin() * (2 * PI * y).sin()
 
 
 def grid(points: int) -> Tensor:
-    """Make the centres of ``points`` x ``points`` cells of the unit square, of shape ``(points^2, 2)``."""
-    centres = (torch.arange(points) + 0.5) / points
-    return torch.cartesian_prod(centres, centres)
+    """Return the centers of ``points`` x ``points`` cells of the unit square, of shape ``(points^2, 2)``."""
+    centers = (torch.arange(points) + 0.5) / points
+    return torch.cartesian_prod(centers, centers)
 
 
 class Poisson(pl.LightningModule):
-    """A network for u that is 0 on the border by its form."""
+    """A network for u that is 0 on the border by construction."""
 
     def __init__(self, make: Callable[..., torch.optim.Optimizer]) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Poisson(pl.LightningModule):
         self.make = make
 
     def forward(self, points: Tensor) -> Tensor:
-        """Give u at points ``(n, 2)``, of shape ``(n, 1)``."""
+        """Return u at points ``(n, 2)``, of shape ``(n, 1)``."""
         x, y = points.split(1, dim=1)
         return 16 * x * (1 - x) * y * (1 - y) * self.net(2 * points - 1)
 
@@ -73,21 +73,21 @@ class Poisson(pl.LightningModule):
         return (laplacian - f).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make the optimizer that is compared."""
+        """Return the optimizer to compare."""
         return self.make(self.parameters())
 
 
 class History(pl.Callback):
-    """Stops when the time is over, and notes now and then how far the network is; that takes no time of the clock.
+    """Stops after a given time, and records the error at intervals without counting the time for this.
 
     Args:
-        seconds: How long to train.
-        notes: How often to look, about.
+        seconds: The training time.
+        records: The approximate number of records.
     """
 
-    def __init__(self, seconds: float, notes: int = 60) -> None:
+    def __init__(self, seconds: float, records: int = 60) -> None:
         self.seconds = seconds
-        self.interval = seconds / notes
+        self.interval = seconds / records
         self.test_points = grid(101)
         self.clock: list[float] = []
         self.errors: list[float] = []
@@ -95,21 +95,21 @@ class History(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self.start = time.perf_counter()
-        self.note(pl_module)
+        self.record(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the clock."""
+        """Record the error if it is due, and stop if the time is over."""
         now = time.perf_counter() - self.start
         over = now >= self.seconds
         if over or now >= self.clock[-1] + self.interval:
-            self.note(pl_module)
+            self.record(pl_module)
         trainer.should_stop = over
 
     @torch.no_grad()
-    def note(self, pl_module: pl.LightningModule) -> None:
-        """Note the error of u relative to the exact one's norm."""
+    def record(self, pl_module: pl.LightningModule) -> None:
+        """Record the error of u relative to the norm of the exact solution."""
         stopped = time.perf_counter()
         self.clock.append(stopped - self.start)
         exact = solution(self.test_points)
@@ -127,8 +127,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def picture(histories: dict[str, History], model: Poisson, path: Path) -> None:
-    """Draw the errors over time, and where the network of Rprop is how far from the solution."""
+def plot(histories: dict[str, History], model: Poisson, path: Path) -> None:
+    """Plot the errors over time, and the solution and error of the network trained with Rprop."""
     fig = Figure(figsize=(11, 4.2), layout="constrained")
     left, middle, right = fig.subplots(1, 3, width_ratios=[1.5, 1, 1])
     for name, history in histories.items():
@@ -146,12 +146,12 @@ def picture(histories: dict[str, History], model: Poisson, path: Path) -> None:
 
 
 def main() -> None:
-    """Train with each optimizer, print a table and draw the picture."""
+    """Train with each optimizer, print a table and save the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=15, help="time for each optimizer (default: 15)")
     parser.add_argument("--points", type=int, default=32, help="collocation points on each side (default: 32)")
     parser.add_argument("--micro-batch-size", type=int, help="points on the device at once (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("pinn.png"), help="the picture (default: pinn.png)")
+    parser.add_argument("--output", type=Path, default=Path("pinn.png"), help="file of the plot (default: pinn.png)")
     arguments = parser.parse_args()
     if arguments.seconds <= 0 or arguments.points < 1:
         parser.error("--seconds must be > 0 and --points >= 1")
@@ -178,8 +178,8 @@ def main() -> None:
         )
         loss = float(trainer.callback_metrics["loss"])
         print(f"{name:<21}{trainer.global_step:>7}{loss:>11.2e}{histories[name].errors[-1]:>10.1e}", flush=True)
-    picture(histories, models["Rprop, max_iter 10"], arguments.output)
-    print(f"picture {arguments.output}")
+    plot(histories, models["Rprop, max_iter 10"], arguments.output)
+    print(f"plot saved to {arguments.output}")
 
 
 if __name__ == "__main__":

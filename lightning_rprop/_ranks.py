@@ -1,4 +1,9 @@
-"""Processes that train together must be set up alike, of which neither DDP nor FSDP makes sure."""
+"""Check at the start of a fit that all ranks are set up alike.
+
+Neither DDP nor FSDP does this completely. ``DistributedDataParallel`` compares the number of trainable parameters,
+their sizes and their strides with rank 0 when it is constructed (``_verify_params_across_processes``), but not their
+dtypes. ``FullyShardedDataParallel`` and ``fully_shard`` compare none of these. No strategy compares hyperparameters.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +18,17 @@ from torch.nn.parameter import is_lazy
 
 from lightning_rprop.optim._sharding import is_slice
 
-# What is no hyperparameter, or does not change what comes out: it may depend on a rank's machine.
+# Not hyperparameters, or options that do not change the result and may depend on a rank's machine.
 _IGNORED = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 
 
 def check_agreement(trainer: pl.Trainer) -> None:
-    """Compare parameters' shapes and optimizers' hyperparameters, as far as there are some, between the ranks.
+    """Compare parameter shapes and optimizer hyperparameters between the ranks.
 
-    A collective of two numbers; only where those differ, the ranks tell each other what they have.
+    Costs one all-reduce of two numbers; the values are exchanged only if those numbers differ.
 
     Args:
-        trainer: The Trainer that will fit, on every rank.
+        trainer: The Trainer, on every rank. Parameters and optimizers that do not exist yet are skipped.
 
     Raises:
         ValueError: On every rank, if a shape, a dtype, a hyperparameter or a number of parameters differs.
@@ -32,30 +37,30 @@ def check_agreement(trainer: pl.Trainer) -> None:
         compare(
             trainer,
             {**dict(_shapes(trainer)), **dict(_options(trainer))},
-            "the ranks are set up differently: {}. Make the same model and optimizer on all ranks; under Hydra's "
-            "--multirun, where each process that Lightning starts is a sweep of its own, train inside "
+            "the ranks are set up differently: {}. Create the same model and optimizer on every rank; under Hydra's "
+            "--multirun, where each process that Lightning starts would run the whole sweep, train inside "
             "`with lightning_rprop.hydra_ddp(trainer):`",
         )
 
 
-def compare(trainer: pl.Trainer, mine: Mapping[str, str], message: str) -> None:
-    """Compare what should be the same on all ranks; called by all of them.
+def compare(trainer: pl.Trainer, values: Mapping[str, str], message: str) -> None:
+    """Compare values that should be the same on all ranks. Every rank must call it.
 
     Args:
-        trainer: The Trainer, of more than one rank.
-        mine: What this rank has, by name.
-        message: What to say if something differs, with ``{}`` for names, ranks and values.
+        trainer: The Trainer, which must have more than one rank.
+        values: This rank's values by name.
+        message: The error message; ``{}`` is replaced by the names, ranks and values that differ.
 
     Raises:
         ValueError: On every rank, if something differs.
     """
-    digest = hashlib.sha256(repr(dict(mine)).encode()).digest()
+    digest = hashlib.sha256(repr(dict(values)).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
     ends = torch.tensor([number, -number], device=trainer.strategy.root_device)
     most, least = trainer.strategy.reduce(ends, reduce_op="max").abs().tolist()
     if most == least:
         return
-    first, *others = [trainer.strategy.broadcast(dict(mine), src=rank) for rank in range(trainer.world_size)]
+    first, *others = [trainer.strategy.broadcast(dict(values), src=rank) for rank in range(trainer.world_size)]
     differences = [
         f"{name} is {first.get(name, 'missing')} on rank 0, {other.get(name, 'missing')} on rank {rank}"
         for rank, other in enumerate(others, start=1)
@@ -70,7 +75,7 @@ def _shapes(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
     for name, param in trainer.lightning_module.named_parameters():
         if is_lazy(param):
             yield name, "not initialized"
-        elif not is_slice(param):  # whose shape is a rank's own
+        elif not is_slice(param):  # the shape of a slice depends on the rank
             yield name, f"{tuple(param.shape)} {str(param.dtype).removeprefix('torch.')}"
 
 

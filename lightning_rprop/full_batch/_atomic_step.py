@@ -1,4 +1,4 @@
-"""A step that was made wholly or not at all, whatever breaks into it."""
+"""Copies and delayed interrupts, by which a step is complete or undone."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from lightning_rprop.optim._sharding import local
 
 
 class Interrupts:
-    """Holds Ctrl-C back while weights move, and lets it through afterwards; a second one goes through at once."""
+    """Delays Ctrl-C while the parameters are updated; a second Ctrl-C is delivered immediately."""
 
     def __init__(self) -> None:
         self._handler: Callable[..., Any] | int | None = None
         self._held: tuple[Any, ...] | None = None
 
     def hold(self) -> None:
-        """Keep an interrupt back from now on; does nothing outside the main thread, where none comes."""
+        """Delay interrupts from now on; a no-op outside the main thread, which receives none."""
         if self._handler is None and threading.current_thread() is threading.main_thread():
             handler = signal.getsignal(signal.SIGINT)
-            if callable(handler):  # not ignored, and not set by something else than Python
+            if callable(handler):  # neither ignored nor set outside Python
                 self._held = None
                 self._handler = handler
-                signal.signal(signal.SIGINT, self._keep)
+                signal.signal(signal.SIGINT, self._delay)
 
     def release(self, deliver: bool = True) -> None:
-        """Let interrupts through again, and the one that came meanwhile, unless all is ending anyway."""
+        """Stop delaying interrupts, and deliver a delayed one if asked."""
         if self._handler is not None:
             handler, self._handler = self._handler, None
             signal.signal(signal.SIGINT, handler)
             if deliver and self._held is not None and callable(handler):
                 handler(*self._held)
 
-    def _keep(self, *args: Any) -> None:
+    def _delay(self, *args: Any) -> None:
         again = self._held is not None
         self._held = args
         if again:
             self.release()
 
 
-_signature = operator.attrgetter("shape", "dtype", "device")  # which `param.data = ...` changes
+_signature = operator.attrgetter("shape", "dtype", "device")  # `param.data = ...` can change these
 
 
 class _Copies:
-    """Values of some tensors, kept in memory that serves again at the next step."""
+    """Copies of tensors, in memory that the next step reuses."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
@@ -62,7 +62,7 @@ class _Copies:
 
     @torch.no_grad()
     def take(self, tensors: list[Tensor]) -> None:
-        """Copy the values of these tensors; those that a lazy module has not initialized yet are left out."""
+        """Copy the tensors, except those that a lazy module has not initialized yet."""
         if not PLAIN.issuperset(map(type, tensors)):
             tensors = [local(tensor) for tensor in tensors if not is_lazy(tensor)]
         signatures = [*map(_signature, tensors)]
@@ -70,59 +70,59 @@ class _Copies:
             if tensors:
                 torch._foreach_copy_(self._values, tensors)
             return
-        self._tensors, self._values = [], []  # their memory first
+        self._tensors, self._values = [], []  # frees their memory first
         self._values = [tensor.clone() for tensor in tensors]
         self._tensors = tensors
-        is_dense = all(tensor.layout is torch.strided for tensor in tensors)  # sparse ones are cloned at each step
+        is_dense = all(tensor.layout is torch.strided for tensor in tensors)  # sparse ones are cloned in each step
         self._signatures = signatures if is_dense else None
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the values back."""
+        """Restore the tensors."""
         for tensor, value in zip(self._tensors, self._values, strict=True):
-            if tensor.shape == value.shape:  # else FSDP has gathered it for an evaluation, which moves nothing
-                with suppress(RuntimeError):  # expanded and inference tensors, which nobody can have written to
+            if tensor.shape == value.shape:  # otherwise FSDP has gathered it for an evaluation, which updates nothing
+                with suppress(RuntimeError):  # expanded and inference tensors, which cannot have been written to
                     tensor.copy_(value)
 
 
 class Snapshot:
-    """The state and options that an optimizer, and one inside it, had before a step."""
+    """The parameters, state and options of an optimizer and its wrapper before a step."""
 
     def __init__(self) -> None:
         self._copies = _Copies()
         self._states: list[tuple[Any, list[tuple[Any, Any]]]] = []
         self._options: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
-    def take(self, optimizer: Any, inside: Optimizer) -> None:
-        """Copy them, and the parameters, before a step.
+    def take(self, optimizer: Any, inner: Optimizer) -> None:
+        """Copy them.
 
         Args:
-            optimizer: The Trainer's.
-            inside: The one that makes the moves: that which it wraps, or itself.
+            optimizer: The Trainer's optimizer.
+            inner: The optimizer that it wraps, or itself.
         """
         self._states = []
         self._options = [(group, dict(group)) for group in optimizer.param_groups]
         tensors = [param for group in optimizer.param_groups for param in group["params"]]
         states = []
-        for each in (inside,) if optimizer is inside else (inside, optimizer):
+        for each in (inner,) if optimizer is inner else (inner, optimizer):
             copies: list[tuple[Any, Any]] = []
             for param, state in getattr(each, "state", {}).items():
                 if not isinstance(state, dict):
                     copies.append((param, _copied(state)))
                     continue
-                mine = dict(state)
-                copies.append((param, mine))
+                kept = dict(state)
+                copies.append((param, kept))
                 for key, value in state.items():
                     if type(value) in PLAIN or isinstance(value, Tensor):
                         tensors.append(value)
                     else:
-                        mine[key] = _copied(value)
+                        kept[key] = _copied(value)
             states.append((each, copies))
         self._copies.take(tensors)
         self._states = states
 
     def restore(self) -> None:
-        """Put them back, if they were copied."""
+        """Restore them, if they were copied."""
         if self._states:
             self._copies.restore()
             for each, copies in self._states:
@@ -135,11 +135,10 @@ class Snapshot:
 
 
 class Buffers:
-    """A module's buffers as they were before a step: their values, and which tensors they were.
+    """A module's buffers before a step: the tensors and their values.
 
-    All of them at each step, because nothing tells which will change: BatchNorm may be frozen at first, and its kernel
-    does not count versions. A step that uses a buffer reads it at least as often. Parameters that no optimizer moves
-    are buffers by another name, such as those of a target network.
+    Each step copies all buffers, because it is unknown which ones will change: BatchNorm may be frozen at first, and
+    its kernel does not update versions. Frozen parameters, such as those of a target network, are treated as buffers.
 
     Args:
         module: The module.
@@ -152,15 +151,15 @@ class Buffers:
         self._frozen: list[Tensor] = []
         self._copies = _Copies()
 
-    def look(self) -> None:
-        """Find the submodules and the frozen parameters; once per epoch, because the walk takes long."""
+    def find(self) -> None:
+        """Find the submodules and the frozen parameters; once per epoch, because it is slow."""
         self._homes = [each._buffers for each in self._module.modules()]
         self._frozen = [param for param in self._module.parameters() if not param.requires_grad]
 
     def take(self) -> None:
-        """Copy them before a step."""
+        """Copy them."""
         if not self._homes:
-            self.look()
+            self.find()
         self._found = []
         found = [home.copy() for home in self._homes]
         buffers = [buffer for home in found for buffer in home.values() if buffer is not None]
@@ -168,7 +167,7 @@ class Buffers:
         self._found = found
 
     def restore(self) -> None:
-        """Put them back, if they were copied."""
+        """Restore them, if they were copied."""
         if self._found:
             for home, found in zip(self._homes, self._found, strict=True):
                 home.clear()

@@ -1,4 +1,4 @@
-"""A DataLoader as a source of micro-batches: each sample once a pass, in the same order, on one rank only."""
+"""DataLoaders as sources of micro-batches: every sample once per pass, in a fixed order, on one rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-_SHUFFLES = "shuffles from step to step, and so changes the rounding of the gradient"
+_SHUFFLES = "shuffles from step to step, which changes the rounding of the gradient"
+_NO_SAMPLER = "no sampler, because the FullBatchLoader splits the data"
 _SHUFFLING = {
     RandomSampler: "shuffle=False",
     SubsetRandomSampler: "a torch.utils.data.Subset as the dataset, with shuffle=False",
@@ -30,17 +31,17 @@ _SHUFFLING = {
 
 
 def check_sampler(loader: DataLoader[Any]) -> None:
-    """Refuse a DataLoader that does not give each sample of its dataset once a pass, in the same order.
+    """Check that a DataLoader yields each sample of its dataset once per pass, in a fixed order.
 
     Args:
-        loader: As the user made it. A sampler that is not one of torch's is asked for all its indices, twice.
+        loader: The user's DataLoader. All indices of a custom sampler are read, twice.
 
     Raises:
-        ValueError: Naming the sampler, what it does, and the remedy.
+        ValueError: If it does not; names the sampler, what it does, and the remedy.
     """
     if isinstance(loader.dataset, IterableDataset):
         if loader.drop_last:
-            raise ValueError(_refusal("drop_last=True", "drops the samples of an incomplete batch", "drop_last=False"))
+            raise _refusal("drop_last=True", "drops the samples of an incomplete batch", "drop_last=False")
         return
     batches = loader.batch_sampler
     plain = batches is None or type(batches) is BatchSampler
@@ -49,44 +50,38 @@ def check_sampler(loader: DataLoader[Any]) -> None:
 
     for kind, remedy in _SHUFFLING.items():
         if plain and isinstance(sampler, kind):
-            raise ValueError(_refusal(name, _SHUFFLES, remedy))
+            raise _refusal(name, _SHUFFLES, remedy)
     if plain and isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+        length = len(loader.dataset)  # type: ignore[arg-type]
         if sampler.shuffle:
-            raise ValueError(_refusal(name, _SHUFFLES, "no sampler: the loader shares the data out"))
-        if sampler.total_size > len(loader.dataset):  # type: ignore[arg-type]
-            raise ValueError(
-                _refusal(
-                    name, "repeats samples to give all ranks as many", "no sampler: the loader shares the data out"
-                )
-            )
-        missing = sampler.total_size < len(loader.dataset)  # type: ignore[arg-type]
+            raise _refusal(name, _SHUFFLES, _NO_SAMPLER)
+        if sampler.total_size > length:
+            raise _refusal(name, "repeats samples to give all ranks the same number", _NO_SAMPLER)
+        missing = sampler.total_size < length
     elif plain and type(sampler) is SequentialSampler:
         missing = False
     else:
         missing = _check_indices(name, loader)
     if missing:
-        raise ValueError(
-            _refusal(
-                name, "leaves samples out", "a sampler of all indices, or a torch.utils.data.Subset as the dataset"
-            )
-        )
+        remedy = "a sampler of all indices, or a torch.utils.data.Subset as the dataset"
+        raise _refusal(name, "leaves samples out", remedy)
     if isinstance(batches, BatchSampler) and batches.drop_last and len(sampler) % batches.batch_size:  # type: ignore[arg-type]
-        raise ValueError(_refusal("drop_last=True", "drops the samples of the incomplete batch", "drop_last=False"))
+        raise _refusal("drop_last=True", "drops the samples of the incomplete batch", "drop_last=False")
 
 
 def _check_indices(name: str, loader: DataLoader[Any]) -> bool:
-    """Read all indices of a sampler that is not known, twice; tell whether some of the dataset are missing."""
-    with torch.random.fork_rng(devices=[]):  # so that looking changes no one's random numbers
+    """Read all indices of a custom sampler twice; return whether some samples are missing."""
+    with torch.random.fork_rng(devices=[]):  # so that the check does not change the user's random numbers
         passes = [_indices(loader) for _ in range(2)]
     if passes[0] != passes[1]:
-        raise ValueError(_refusal(name, _SHUFFLES, "a fixed order"))
+        raise _refusal(name, _SHUFFLES, "a fixed order")
     if len(set(passes[0])) < len(passes[0]):
-        raise ValueError(_refusal(name, "repeats samples", "a sampler that gives each once; weigh the loss instead"))
+        raise _refusal(name, "repeats samples", "a sampler that yields each one once, and weigh the loss instead")
     return len(passes[0]) < len(loader.dataset) and not loader.drop_last  # type: ignore[arg-type]
 
 
 def _indices(loader: DataLoader[Any]) -> list[Any]:
-    """Read the indices of a pass; no more than show that some are repeated."""
+    """Return the indices of a pass, up to one more than there are samples."""
     if loader.batch_sampler is not None:
         indices = chain.from_iterable(loader.batch_sampler)
     else:
@@ -96,23 +91,22 @@ def _indices(loader: DataLoader[Any]) -> list[Any]:
     return list(islice(indices, len(loader.dataset) + 1))  # type: ignore[arg-type]
 
 
-def _refusal(what: str, does: str, remedy: str) -> str:
-    return (
-        f"a full-batch step takes every sample once, in the same order, but the DataLoader's {what} {does}. "
-        f"Use {remedy}"
+def _refusal(what: str, does: str, remedy: str) -> ValueError:
+    return ValueError(
+        f"a full-batch step takes every sample once, in a fixed order, but the DataLoader's {what} {does}. Use {remedy}"
     )
 
 
 class Share(Sampler[Any]):
-    """Every ``num_replicas``-th item of another sampler, from the ``rank``-th on.
+    """Every ``num_replicas``-th item of another sampler, starting at item ``rank``.
 
-    All ranks give equally many, so that collectives in training_step find each other: where a share is one short, the
-    first item of all is given at its end, and is not to be counted.
+    All shares have the same length, so that collectives in training_step match between ranks. A share that is one item
+    short repeats the very first item at its end; that one must not be counted.
 
     Args:
-        items: The sampler of samples, or of batches, to share out.
-        rank: Which share this is.
-        num_replicas: How many shares there are.
+        items: The sampler of samples or batches to split.
+        rank: The index of this share.
+        num_replicas: The number of shares.
     """
 
     def __init__(self, items: Any, rank: int, num_replicas: int) -> None:
@@ -124,18 +118,18 @@ class Share(Sampler[Any]):
         self.length = len(range(0, total, num_replicas))
 
     def __len__(self) -> int:
-        """Count the items of this share, the one not to be counted included."""
+        """Return the number of items, including one that must not be counted."""
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        """Give the items of this share."""
+        """Iterate over the items of this share."""
         yield from islice(self.items, self.rank, None, self.num_replicas)
         if self.counted < self.length:
             yield from islice(self.items, 1)
 
 
 def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Return a DataLoader that reads the same samples without shuffling them; the same one if it does not shuffle."""
+    """Return a DataLoader that reads the same samples unshuffled; one that does not shuffle is returned unchanged."""
     dataset, batches, sampler = loader.dataset, loader.batch_sampler, loader.sampler
     if isinstance(dataset, IterableDataset):
         return loader
@@ -155,10 +149,7 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
 
 
 def order_of(loader: DataLoader[Any]) -> str:
-    """Return a checksum of the indices of all batches, which must be the same on every rank; nothing if they are not.
-
-    A DistributedSampler gives each rank its own.
-    """
+    """Return a checksum of the indices of all batches; empty for a DistributedSampler, whose indices differ by rank."""
     batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if isinstance(getattr(batches, "sampler", batches), DistributedSampler):
         return ""
@@ -170,9 +161,9 @@ def order_of(loader: DataLoader[Any]) -> str:
 
 
 def batch_sizes(loader: DataLoader[Any]) -> list[int] | int | None:
-    """Return how many samples the DataLoader puts into each batch; a number at most; or None if that is unknown."""
+    """Return the number of samples in each batch, an upper bound for a stream, or None if it is unknown."""
     batches = loader.batch_sampler
-    if type(batches) is not BatchSampler or _iterates_by_itself(loader):
+    if type(batches) is not BatchSampler or _has_own_iteration(loader):
         return None
     if isinstance(loader.dataset, IterableDataset):
         return batches.batch_size
@@ -180,29 +171,29 @@ def batch_sizes(loader: DataLoader[Any]) -> list[int] | int | None:
     return [batches.batch_size] * full + [rest] * (rest > 0)
 
 
-def _iterates_by_itself(loader: DataLoader[Any]) -> bool:
-    """Return whether its class makes batches in a way of its own, of which nobody knows how it uses the sampler."""
+def _has_own_iteration(loader: DataLoader[Any]) -> bool:
+    """Return whether the DataLoader's class overrides iteration, so that its use of the sampler is unknown."""
     return any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in ("__iter__", "_get_iterator"))
 
 
 def share(
     loader: DataLoader[Any], rank: int, num_replicas: int
 ) -> tuple[DataLoader[Any], int | None, tuple[int, int] | None]:
-    """Make the DataLoader of one rank's share of the batches.
+    """Build the DataLoader of one rank's share of the batches.
 
-    An IterableDataset, and a DistributedSampler that :func:`check_sampler` let pass, give each rank its own already.
+    An IterableDataset and a DistributedSampler are left unchanged: they already yield only the rank's own samples.
 
     Args:
         loader: The DataLoader of all samples.
-        rank: Which rank's share.
-        num_replicas: How many ranks share the batches.
+        rank: The rank whose share to take.
+        num_replicas: The number of ranks.
 
     Returns:
-        The DataLoader; how many of its batches count, ``None`` for all; and ``(rank, num_replicas)`` where it gives all
-        batches, of which the rank has to pick its own.
+        The DataLoader; the number of its batches that count, or ``None`` for all; and ``(rank, num_replicas)`` if it
+        yields all batches and the rank has to pick its own.
 
     Raises:
-        ValueError: If a DistributedSampler gives the share of another rank.
+        ValueError: If a DistributedSampler yields the share of another rank.
     """
     batches = loader.batch_sampler
     sampler = batches.sampler if type(batches) is BatchSampler else loader.sampler
@@ -210,20 +201,20 @@ def share(
         if (sampler.rank, sampler.num_replicas) != (rank, num_replicas):
             raise ValueError(
                 f"the DataLoader's {type(sampler).__name__} gives rank {sampler.rank} of {sampler.num_replicas} its "
-                f"share, but this is rank {rank} of {num_replicas}. Use no sampler: the loader shares the data out"
+                f"share, but this is rank {rank} of {num_replicas}. Use no sampler: the FullBatchLoader splits the data"
             )
         return loader, None, None
     if num_replicas == 1 or isinstance(loader.dataset, IterableDataset):
         return loader, None, None
-    if _iterates_by_itself(loader):
+    if _has_own_iteration(loader):
         return loader, None, (rank, num_replicas)
     part = Share(loader.sampler if batches is None else batches, rank, num_replicas)
     return _with(loader, "sampler" if batches is None else "batch_sampler", part), part.counted, None
 
 
 def _with(loader: DataLoader[Any], name: str, sampler: Any) -> DataLoader[Any]:
-    """Copy a DataLoader with all that its class and its user gave it, but another sampler."""
+    """Copy a DataLoader, subclass and settings included, with another sampler."""
     result = copy.copy(loader)
-    # past DataLoader.__setattr__, which would not let it be set again; persistent workers know the old one
+    # bypasses DataLoader.__setattr__, which forbids a new sampler; persistent workers would keep the old one
     vars(result).update({name: sampler, "_iterator": None})
     return result

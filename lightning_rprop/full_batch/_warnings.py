@@ -1,4 +1,4 @@
-"""Warnings, each once a fit, where the gradient of a full batch is less than it seems."""
+"""Warnings, once per fit, about a full-batch gradient that is not exact or not deterministic."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 
 
 def warn_of_micro_batches(pl_module: pl.LightningModule) -> None:
-    """Warn of what sees the micro-batches one by one, where a full batch is made of several."""
+    """Warn about layers and hooks whose result depends on how the data are cut into micro-batches."""
     training = [(name, module) for name, module in pl_module.named_modules() if module.training]
     if names := [name for name, module in training if isinstance(module, _BATCH_NORMS)]:
         rank_zero_warn(
-            f"{_listed(names)} normalizes by the statistics of a micro-batch, not of all samples: the gradient depends "
-            "on how the data are cut. Use LayerNorm or GroupNorm, put the layer in eval mode, or take the whole set at "
-            "once on one device (micro_batch_size=None)"
+            f"{_listed(names)} normalizes by the statistics of a micro-batch, so the gradient depends on how the data "
+            "are cut. Use LayerNorm or GroupNorm, put the layer in eval mode, or use the whole set as one batch on one "
+            "device (micro_batch_size=None)"
         )
     if names := [name for name, module in training if _is_spectral_norm(module)]:
         rank_zero_warn(
-            f"{_listed(names)} improves its estimate of the spectral norm at each micro-batch, so that each has other "
-            "weights: the gradient depends on how the data are cut. Put the layer in eval mode, or take the whole set "
-            "at once on one device (micro_batch_size=None)"
+            f"{_listed(names)} updates its estimate of the spectral norm at each micro-batch, so the gradient depends "
+            "on how the data are cut. Put the layer in eval mode, or use the whole set as one batch on one device "
+            "(micro_batch_size=None)"
         )
     if names := [name for name, param in pl_module.named_parameters() if _has_hooks(param)]:
         rank_zero_warn(
-            f"{_listed(names)} has a hook on its gradient, which gets the part of each micro-batch, scaled: a mask is "
-            "right, but what is not linear (clamping, signs, noise) is not. Do that in on_after_backward, which gets "
-            "the gradient of all samples"
+            f"{_listed(names)} has a hook on its gradient, which gets the scaled gradient of each micro-batch; only "
+            "linear hooks such as masks are then right, not clamping, signs or noise. Do that in on_after_backward, "
+            "which gets the gradient of all samples"
         )
 
 
 def _has_hooks(param: Tensor) -> bool:
-    """Return whether something was given to register_hook() or register_post_accumulate_grad_hook()."""
-    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)  # torch has no public names of these
+    """Return whether register_hook() or register_post_accumulate_grad_hook() was called."""
+    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)  # torch has no public names for these
 
 
 def _is_spectral_norm(layer: nn.Module) -> bool:
-    """Return whether a module is torch's parametrization, or has the hook of the older spectral_norm."""
-    hooks = (type(hook).__name__ for hook in layer._forward_pre_hooks.values())  # torch has no public names of these
+    """Return whether a layer is torch's spectral_norm parametrization, or has the hook of the older function."""
+    hooks = (type(hook).__name__ for hook in layer._forward_pre_hooks.values())  # torch has no public name for these
     return type(layer).__name__ == "_SpectralNorm" or "SpectralNorm" in hooks
 
 
 def warn_of_dropout(pl_module: pl.LightningModule) -> bool:
-    """Warn of dropout in training mode, and return whether there was some."""
+    """Warn about dropout in training mode, and return whether there is any."""
     names = [
         name
         for name, m in pl_module.named_modules()
@@ -54,14 +54,14 @@ def warn_of_dropout(pl_module: pl.LightningModule) -> bool:
     ]
     if names:
         rank_zero_warn(
-            f"{_listed(names)} drops at random: the gradient of the whole set is noisy from step to step then, which "
-            "Rprop, looking at signs, cannot average out. Set p=0 and regularize by weight_decay"
+            f"{_listed(names)} drops at random, so the gradient is noisy from step to step, and Rprop cannot average "
+            "this out because it uses only signs. Set p=0 and regularize with weight_decay"
         )
     return bool(names)
 
 
 class RandomnessCheck:
-    """Finds out whether the first training_step draws random numbers."""
+    """Checks whether a training_step draws random numbers."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -71,8 +71,8 @@ class RandomnessCheck:
         """Warn if it did."""
         if not all(map(torch.equal, self.before, self._state())):
             rank_zero_warn(
-                "training_step draws random numbers (noise, random points, dropout): the gradient is then noisy from "
-                "step to step, and Rprop, which looks at signs, cannot average that out. Draw them once, before "
+                "training_step draws random numbers (noise, random points, dropout), so the gradient is noisy from "
+                "step to step, and Rprop cannot average this out because it uses only signs. Draw them once before "
                 "training, and make them part of the data"
             )
 

@@ -1,4 +1,8 @@
-"""The loader: what a full batch is, how it is cut, and how often an epoch has it."""
+"""The data loader whose batches are passes over the whole data set.
+
+``FullBatch`` drives it through private methods: ``_fingerprint`` and ``_share`` at the start of a fit, ``_check_batch``
+and ``_next_pass`` in each step, and ``_release`` at the end.
+"""
 
 from __future__ import annotations
 
@@ -17,49 +21,49 @@ class MicroBatch(NamedTuple):
 
     data: Any
     size: int
-    """Samples in it; 0 for one that only keeps a rank in step with the others; -1 where they cannot be counted."""
+    """The number of samples; 0 if it only keeps a rank in step with the others; -1 if they cannot be counted."""
     is_last: bool
-    """Whether the rank's pass ends with it."""
+    """Whether it is the last one of the rank's pass."""
 
 
 class FullBatchLoader:
     """A training data loader whose batches are optimizer steps over the whole data set.
 
-    Together with :class:`~lightning_rprop.FullBatch`: the Trainer gets ``steps_per_epoch`` batches an epoch, each of
-    which is a whole pass over ``data``; progress bar, ``max_steps``, ``limit_train_batches``, ``val_check_interval``
-    and callbacks count optimizer steps. It is not a ``DataLoader``, so that Lightning puts no sampler into it: the
-    ranks share the samples without repeating or dropping any.
+    Together with :class:`~lightning_rprop.FullBatch`, the Trainer gets ``steps_per_epoch`` batches per epoch, and each
+    batch is one pass over ``data``. So the progress bar, ``max_steps``, ``limit_train_batches``, ``val_check_interval``
+    and callbacks count optimizer steps. It is not a ``DataLoader``, so Lightning inserts no sampler: the ranks share
+    the samples without repeating or dropping any.
 
-    Without micro-batches it can be iterated without the callback too, as it is for a validation: every rank then sees
-    all of the data.
+    Without micro-batches it can also be iterated without the callback, for example for validation. Every rank then sees
+    all of the data. In your own loop, iterate over :meth:`micro_batches`.
 
     Args:
         data: The data set, the same on every rank:
 
-            - tensors of shape ``(samples, ...)``, alone or in tuples, lists, dicts or dataclasses, nested if you like;
-              they are held, once, and a rank holds only its share. What is written to them between two steps (moved
-              collocation points) is seen by the next step, unless it goes past torch's version counter and the data are
-              copied to another device or dtype. Sparse tensors, tensors of different lengths, and objects
-              with a method ``to()`` (a graph of PyTorch Geometric) are held as a whole, on one device;
-            - a map-style ``Dataset``, collated once and then held likewise;
-            - a ``DataLoader``, for data that do not fit in memory: its batches are the micro-batches, read again at
-              each step and shared among the ranks. A subclass with its own ``__iter__`` is read to the end by every
-              rank, which takes every so many batches;
-            - an ``IterableDataset`` of samples (of ready batches with ``micro_batch_size=None``) or another iterable of
-              ready batches, of any length; under several ranks it gives each rank its own, at least one, and under FSDP
-              and DeepSpeed, whose ranks wait for each other at each micro-batch, as many as the others.
-        micro_batch_size: Samples of a micro-batch at most; ``None`` takes a rank's whole share at once. The sizes of
-            one share differ by no more than one. It bounds the memory of activations and changes the gradient by no
-            more than its rounding.
-        steps_per_epoch: Optimizer steps of one Lightning epoch. More than one spares the costs of an epoch's end: a
-            validation, a checkpoint and the epoch's logs.
-        device: Where held tensors lie; ``None`` is the Trainer's device, ``"cpu"`` leaves them in (pinned) host memory
-            from which each micro-batch is brought to the device.
+            - Tensors of shape ``(samples, ...)``, possibly nested in tuples, lists, dicts or dataclasses. They are held
+              in memory, and each rank holds only its share. Values written to them between two steps (moved collocation
+              points) are seen by the next step; a write that bypasses torch's version counter is missed if the data are
+              copied to another device or dtype. Sparse tensors, tensors of different lengths, and objects with a
+              ``to()`` method (a PyTorch Geometric graph) are held as a whole, on one device.
+            - A map-style ``Dataset``, which is collated once and then held in the same way.
+            - A ``DataLoader``, for data that do not fit in memory. Its batches are the micro-batches, read again at
+              each step and shared among the ranks. If a subclass overrides ``__iter__``, every rank reads all batches
+              and uses its share.
+            - An ``IterableDataset`` of samples (of ready batches with ``micro_batch_size=None``), or another iterable
+              of ready batches. It must yield each rank's own data, at least one batch. Under FSDP and DeepSpeed, whose
+              ranks wait for each other at each micro-batch, all ranks need the same number of batches.
+        micro_batch_size: Maximum number of samples per micro-batch; ``None`` takes a rank's whole share at once. The
+            sizes within a share differ by at most one. It bounds the memory for activations, and changes the gradient
+            only by rounding.
+        steps_per_epoch: Optimizer steps per Lightning epoch. More than one saves the cost of ending an epoch:
+            validation, checkpoint and epoch-level logs.
+        device: Where held tensors are kept; ``None`` is the Trainer's device. ``"cpu"`` keeps them in (pinned) host
+            memory, and each micro-batch is copied to the device.
 
     Raises:
-        TypeError: If ``data`` is or contains something else.
-        ValueError: If an argument is out of its range, ``data`` is a list that may be samples as well as the parts of
-            one batch, tensors have no samples, or a DataLoader's sampler shuffles, repeats or leaves out samples.
+        TypeError: If ``data`` is or contains anything else.
+        ValueError: If an argument is out of range, ``data`` is a list that could be samples as well as the parts of one
+            batch, tensors have no samples, or a DataLoader's sampler shuffles, repeats or leaves out samples.
 
     Example:
         >>> x = torch.linspace(-1, 1, 10).unsqueeze(1)
@@ -83,97 +87,49 @@ class FullBatchLoader:
         self.steps_per_epoch = steps_per_epoch
         self.device = None if device is None else torch.device(device)
         self._source = make_source(data, micro_batch_size)
-        self._serve_nobody()
+        self._reset()
 
-    def _serve_nobody(self) -> None:
+    def _reset(self) -> None:
         self._part = self._source.whole(self.micro_batch_size)
-        self._served = False  # whether a FullBatch takes care of what the batches leave out
-        self._begun: tuple[MicroBatch, Iterator[MicroBatch]] | None = None  # the pass whose first the Trainer has
-        self._is_current = True  # whether what the Trainer has is what the next pass would begin with
+        self._served = False  # whether a FullBatch evaluates the micro-batches that __iter__ leaves out
+        self._open_pass: Generator[MicroBatch, None, None] | None = None  # the one whose first the Trainer has
+        self._is_current = True  # whether the Trainer's batch is the first micro-batch of the next pass
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy, which is served by nobody."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_part", "_begun")}
+        """Return the state of a copy, which takes no part in a running fit."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_part", "_open_pass")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make a copy."""
+        """Restore a copy."""
         self.__dict__.update(state)
-        self._serve_nobody()
+        self._reset()
 
     @property
     def num_samples(self) -> int | None:
-        """How many samples all ranks have together; ``None`` for what is read again at each pass, and for objects."""
+        """The number of samples on all ranks together; ``None`` for streamed data and for objects."""
         return self._source.num_samples
 
-    def check_begun(self) -> None:
-        """Refuse a Trainer's batch that is not ours, or was written to; called by :class:`~lightning_rprop.FullBatch`.
-
-        Raises:
-            RuntimeError: If the batch does not come from here, or Lightning's transfer hooks wrote to the held data.
-        """
-        if self._begun is None:
-            raise RuntimeError("FullBatch found that the Trainer's batch does not come from its FullBatchLoader")
-        self._part.end_pass()
-
-    def fingerprint(self) -> dict[str, str]:
-        """Return what must be the same on every rank, by name; called by :class:`~lightning_rprop.FullBatch`."""
-        kind = type(self._source).__name__.lower()
-        return {
-            "what is done with the data": kind,
-            "micro_batch_size": str(self.micro_batch_size),
-            "steps_per_epoch": str(self.steps_per_epoch),
-            **self._source.fingerprint(),
-        }
-
-    def lies_on(self, device: torch.device) -> bool:
-        """Return whether all micro-batches are held on this device."""
-        leaves = self._part.leaves
-        return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.device == device for leaf in leaves)
-
-    def share(
-        self,
-        rank: int = 0,
-        num_replicas: int = 1,
-        device: torch.device | None = None,
-        convert: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        """Take one rank's share of the data from now on; called by :class:`~lightning_rprop.FullBatch`.
+    def share(self, rank: int, num_replicas: int, device: torch.device | None = None) -> None:
+        """Take one rank's share of the data, for your own loop on several processes; ``FullBatch`` does it in ``fit``.
 
         Args:
-            rank: Which share.
-            num_replicas: How many there are.
-            device: The device of the model, to which held tensors are brought unless the loader was given another.
-            convert: Brings held tensors to the dtype of the model; ``None`` leaves them as they are.
+            rank: The index of this rank.
+            num_replicas: The number of ranks.
+            device: The model's device, to which held tensors are moved unless the loader has a ``device``.
 
         Raises:
-            ValueError: If the data cannot be cut, or a DistributedSampler is another rank's.
+            ValueError: If the data cannot be cut, or a DistributedSampler belongs to another rank.
         """
-        where, on_gpu = self.device or device, device is not None and device.type == "cuda"
-
-        def place(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf if where is None else leaf.to(where)
-            leaf = leaf if convert is None else convert(leaf)
-            leaf = leaf if where is None else leaf.to(where)
-            pinned = on_gpu and leaf.device.type == "cpu" and leaf.layout is torch.strided
-            return leaf.pin_memory() if pinned else leaf
-
-        self._part = self._source.share(rank, num_replicas, self.micro_batch_size, place)
-        self._served = True
-
-    def release(self) -> None:
-        """Give up the share, and a pass that has begun."""
-        self._part.close()
-        self._serve_nobody()
+        self._share(rank, num_replicas, device)
 
     def micro_batches(self) -> Generator[MicroBatch, None, None]:
-        """Make one pass over this rank's share.
+        """Iterate once over this rank's share.
 
         Yields:
-            The micro-batches, one read ahead, so that the last is known as such.
+            The micro-batches. One is read ahead, to know which is the last.
 
         Raises:
-            RuntimeError: If there is none, or if held data were written to in place during the pass.
+            RuntimeError: If there are none, or if held data were written to in place during the pass.
         """
         self._part.begin_pass()
         ahead = iter(self._part)
@@ -181,34 +137,21 @@ class FullBatchLoader:
             data, size = next(ahead)
         except StopIteration:
             raise RuntimeError(
-                "the training data gave this rank no batch: an iterable must start over at each step, and give every "
-                "rank at least one batch"
+                "the training data gave this rank no batch. An iterable must start over on every pass and yield at "
+                "least one batch per rank"
             ) from None
-        for after in ahead:
+        for following in ahead:
             yield MicroBatch(data, size, is_last=False)
-            data, size = after
+            data, size = following
         yield MicroBatch(data, size, is_last=True)
         self._part.end_pass()
 
-    def next_pass(self) -> tuple[Generator[MicroBatch, None, None], bool]:
-        """Make the pass that the Trainer's batch begins, or another; called by :class:`~lightning_rprop.FullBatch`.
-
-        Returns:
-            The micro-batches, and whether the first is what the Trainer's batch was made of.
-        """
-        if self._part.begin_pass():
-            self._begun, self._is_current = None, False
-        if self._begun is None:
-            return self.micro_batches(), self._is_current
-        (first, rest), self._begun = self._begun, None
-        return _continued(first, rest), self._is_current
-
     def __len__(self) -> int:
-        """Count the optimizer steps of an epoch."""
+        """Return the number of optimizer steps per epoch."""
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over the steps of an epoch: the first micro-batch of each pass, which ``FullBatch`` completes."""
+        """Iterate over the steps of an epoch; yields each pass's first micro-batch, ``FullBatch`` adds the others."""
         for _ in range(self.steps_per_epoch):
             if not self._served and not self._part.single:
                 raise RuntimeError(
@@ -219,21 +162,75 @@ class FullBatchLoader:
                 )
             rest = self.micro_batches()
             first = next(rest)
-            self._begun, self._is_current = (first, rest), True
+            self._open_pass, self._is_current = _prepend(first, rest), True
             yield first.data
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs: nothing, as every step is the same pass; so Lightning need not warn."""
+        """Return an empty state: every step is the same pass. With this method, Lightning does not warn on resume."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what :meth:`state_dict` returned."""
+        """Accept the empty state of :meth:`state_dict`."""
+
+    def _share(
+        self,
+        rank: int,
+        num_replicas: int,
+        device: torch.device | None = None,
+        convert: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Take one rank's share of the data; ``convert`` brings held tensors to the dtype of the model."""
+        target, on_gpu = self.device or device, device is not None and device.type == "cuda"
+
+        def place(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf if target is None else leaf.to(target)
+            leaf = leaf if convert is None else convert(leaf)
+            leaf = leaf if target is None else leaf.to(target)
+            pinned = on_gpu and leaf.device.type == "cpu" and leaf.layout is torch.strided
+            return leaf.pin_memory() if pinned else leaf
+
+        self._part = self._source.share(rank, num_replicas, self.micro_batch_size, place)
+        self._served = True
+
+    def _release(self) -> None:
+        """Give up the share and an open pass."""
+        self._part.close()
+        self._reset()
+
+    def _check_batch(self) -> None:
+        """Raise an error if the Trainer's batch is not this loader's, or if transfer hooks wrote to the held data."""
+        if self._open_pass is None:
+            raise RuntimeError("FullBatch found that the Trainer's batch does not come from its FullBatchLoader")
+        self._part.end_pass()
+
+    def _next_pass(self) -> tuple[Generator[MicroBatch, None, None], bool]:
+        """Return the micro-batches of the next pass, and whether the Trainer's batch was made from the first one."""
+        if self._part.begin_pass():
+            self._open_pass, self._is_current = None, False
+        next_pass, self._open_pass = self._open_pass or self.micro_batches(), None
+        return next_pass, self._is_current
+
+    def _fingerprint(self) -> dict[str, str]:
+        """Return the values that must agree between ranks, by name."""
+        kind = type(self._source).__name__.lower()
+        return {
+            "what is done with the data": kind,
+            "micro_batch_size": str(self.micro_batch_size),
+            "steps_per_epoch": str(self.steps_per_epoch),
+            **self._source.fingerprint(),
+        }
+
+    def _is_on(self, device: torch.device) -> bool:
+        """Return whether all micro-batches are held on this device."""
+        leaves = self._part.leaves
+        return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.device == device for leaf in leaves)
 
 
-def _continued(first: MicroBatch, rest: Iterator[MicroBatch]) -> Generator[MicroBatch, None, None]:
+def _prepend(first: MicroBatch, rest: Iterator[MicroBatch]) -> Generator[MicroBatch, None, None]:
     yield first
     yield from rest
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)  # NumPy's too
+    return isinstance(value, Integral) and not isinstance(value, bool)  # accepts NumPy integers too

@@ -124,7 +124,7 @@ def test_dataset_of_objects_needs_a_collate_fn(tmp_path):
     def collate(graphs):
         return Graph(torch.stack([g.x for g in graphs]), torch.stack([g.y for g in graphs]))
 
-    message = r"samples of Graphs cannot be put together.*FullBatchLoader\(DataLoader\(dataset, .*collate_fn="
+    message = r"samples of Graphs cannot be collated.*FullBatchLoader\(DataLoader\(dataset, .*collate_fn="
     with pytest.raises(TypeError, match=message):
         FullBatchLoader(Graphs())
     source = DataLoader(Graphs(), batch_size=7, collate_fn=collate)

@@ -212,4 +212,4 @@ def test_used_persistent_workers_are_shared():
         loader.share(rank, 2, torch.device("cpu"))
         counted = [m.data[1] for m in loader.micro_batches() if m.size]
         assert torch.equal(torch.cat(counted), torch.cat([Y[i : i + 5] for i in range(5 * rank, 20, 10)]))
-        loader.release()
+        loader._release()

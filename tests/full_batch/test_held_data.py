@@ -55,8 +55,8 @@ def test_rank_holds_only_its_share():
     assert loader._part.data.shape == (250, 2)
     loader = FullBatchLoader(x, device="cpu")
     loader.share(1, 4, torch.device("meta"))
-    assert not loader.lies_on(torch.device("meta"))
-    assert loader.lies_on(torch.device("cpu"))
+    assert not loader._is_on(torch.device("meta"))
+    assert loader._is_on(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -100,7 +100,7 @@ def test_augmenting_dataset_warns():
         def __getitem__(self, i):
             return torch.randn(2)
 
-    with pytest.warns(UserWarning, match="Augmenting gives another sample 0 at each look.*do so once"):
+    with pytest.warns(UserWarning, match="Augmenting returns a different sample 0 each time.*do so once"):
         FullBatchLoader(Augmenting())
 
 
@@ -203,6 +203,6 @@ def test_dataset_without_length_is_refused():
 def test_fingerprint_ignores_order_of_keys():
     x, y = DATA
     for kind in (OrderedDict, dict):
-        fingerprint = FullBatchLoader(kind(x=x, y=y)).fingerprint()
-        assert fingerprint == FullBatchLoader(kind(y=y, x=x)).fingerprint()
-        assert fingerprint != FullBatchLoader(kind(x=x, y=y + 1)).fingerprint()
+        fingerprint = FullBatchLoader(kind(x=x, y=y))._fingerprint()
+        assert fingerprint == FullBatchLoader(kind(y=y, x=x))._fingerprint()
+        assert fingerprint != FullBatchLoader(kind(x=x, y=y + 1))._fingerprint()

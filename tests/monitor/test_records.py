@@ -84,9 +84,7 @@ def test_parameters_stay_out_of_callback_metrics(tmp_path):
 
 def test_unmatched_pattern_is_an_error(tmp_path):
     trainer = make_trainer(tmp_path, [quiet_monitor(per_parameter=["net.0.*", "net.1.*"])])
-    with pytest.raises(
-        MisconfigurationException, match=r"per_parameter: 'net.1.\*' matches none .*: net.0.weight, net.0"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"per_parameter: 'net.1.\*' matches none .*: net.0.weight"):
         trainer.fit(Net(make_ours), Batches(1))
     assert trainer.global_step == 0
 
