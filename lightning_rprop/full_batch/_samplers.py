@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -20,6 +19,8 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+
+from lightning_rprop._torch import copy_with_sampler, has_own_iteration
 
 _SHUFFLES = "shuffles from step to step, and so changes the rounding of the gradient"
 _SHUFFLING = {
@@ -148,9 +149,9 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     ordered = SequentialSampler(dataset)  # type: ignore[arg-type]
     for name, given in (("batch_sampler", batches), ("sampler", sampler if batches is None else None)):
         if type(given) is BatchSampler and shuffles(given.sampler):
-            return _with(loader, name, BatchSampler(ordered, given.batch_size, given.drop_last))
+            return copy_with_sampler(loader, name, BatchSampler(ordered, given.batch_size, given.drop_last))
         if shuffles(given):
-            return _with(loader, name, ordered)
+            return copy_with_sampler(loader, name, ordered)
     return loader
 
 
@@ -172,17 +173,12 @@ def order_of(loader: DataLoader[Any]) -> str:
 def batch_sizes(loader: DataLoader[Any]) -> list[int] | int | None:
     """Return how many samples the DataLoader puts into each batch; a number at most; or None if that is unknown."""
     batches = loader.batch_sampler
-    if type(batches) is not BatchSampler or _iterates_by_itself(loader):
+    if type(batches) is not BatchSampler or has_own_iteration(loader):
         return None
     if isinstance(loader.dataset, IterableDataset):
         return batches.batch_size
     full, rest = divmod(len(batches.sampler), batches.batch_size)  # type: ignore[arg-type]
     return [batches.batch_size] * full + [rest] * (rest > 0)
-
-
-def _iterates_by_itself(loader: DataLoader[Any]) -> bool:
-    """Return whether its class makes batches in a way of its own, of which nobody knows how it uses the sampler."""
-    return any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in ("__iter__", "_get_iterator"))
 
 
 def share(
@@ -215,15 +211,7 @@ def share(
         return loader, None, None
     if num_replicas == 1 or isinstance(loader.dataset, IterableDataset):
         return loader, None, None
-    if _iterates_by_itself(loader):
+    if has_own_iteration(loader):
         return loader, None, (rank, num_replicas)
     part = Share(loader.sampler if batches is None else batches, rank, num_replicas)
-    return _with(loader, "sampler" if batches is None else "batch_sampler", part), part.counted, None
-
-
-def _with(loader: DataLoader[Any], name: str, sampler: Any) -> DataLoader[Any]:
-    """Copy a DataLoader with all that its class and its user gave it, but another sampler."""
-    result = copy.copy(loader)
-    # past DataLoader.__setattr__, which would not let it be set again; persistent workers know the old one
-    vars(result).update({name: sampler, "_iterator": None})
-    return result
+    return copy_with_sampler(loader, "sampler" if batches is None else "batch_sampler", part), part.counted, None

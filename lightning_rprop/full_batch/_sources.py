@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate, default_convert
 
 from lightning_rprop._lightning import is_called
+from lightning_rprop._torch import shut_down_workers, version_of
 from lightning_rprop.full_batch._samplers import batch_sizes, check_sampler, order_of, share
 
 # Brings a tensor, or an object with the method to(), to the device and dtype of the model.
@@ -379,10 +380,8 @@ class StreamedPart:
 
     def close(self) -> None:
         """End the workers of a DataLoader that keeps them, as Lightning does after a fit; torch has no public name."""
-        workers = getattr(self.batches, "_iterator", None)
-        if isinstance(self.batches, DataLoader) and workers is not None and hasattr(workers, "_shutdown_workers"):
-            workers._shutdown_workers()
-            self.batches._iterator = None
+        if isinstance(self.batches, DataLoader):
+            shut_down_workers(self.batches)
 
     def _compare(self, batch: Any) -> None:
         if self.passes == 1:
@@ -474,7 +473,7 @@ def _cut(leaf: Any, part: slice) -> Any:
 def _state(tensor: Tensor) -> tuple[int, int]:
     """Return what changes when a tensor is written to, or given other memory."""
     pointer = tensor.data_ptr() if tensor.layout is torch.strided else 0
-    return 0 if tensor.is_inference() else tensor._version, pointer
+    return version_of(tensor), pointer
 
 
 def _check_leaf(path: str, leaf: Any) -> int | None:

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_rprop.optim import _fused as fused
-from lightning_rprop.optim._fused import PLAIN, is_dense
+from lightning_rprop.optim import _dispatch as dispatch
+from lightning_rprop.optim._dispatch import is_dense
+from lightning_rprop.optim._sharding import PLAIN
 from lightning_rprop.optim._threads import run
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def load_kernel(name: str) -> Callable[..., None] | None:
     """Load a kernel of ``statistics_kernel.py``, compiled on this machine once; ``None`` if it cannot be had."""
     if find_spec("numba") is None:
         return None
-    files = Path(__file__).with_name("_statistics_kernel.py"), Path(fused.__file__).with_name("_numba_kernel.py")
+    files = Path(__file__).with_name("_statistics_kernel.py"), Path(dispatch.__file__).with_name("_numba_kernel.py")
     source = "".join(file.read_text() for file in files)  # the first imports from the second
 
     def compile_module() -> tuple[str, str]:

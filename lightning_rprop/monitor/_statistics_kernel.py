@@ -1,6 +1,6 @@
 """What ``statistics_cpu.py`` counts in float32 tensors, in loops that Numba compiles: one pass over memory each.
 
-Imported only to be compiled, as ``optim/fused_cpu_kernel.py`` is. Tensors come in pieces, which threads take one after
+Imported only to be compiled, as ``optim/_numba_kernel.py`` is. Tensors come in pieces, which threads take one after
 another. A piece has a row of results of its own, so that sums do not depend on which thread took it; of counts by bits
 each thread has tables of its own. Numbers that are not negative are ordered as their bits are, read as whole numbers
 ("keys"), which a processor compares side by side without a thought of NaN.

@@ -177,7 +177,7 @@ BATCH_SIZE_FINDERS = [
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:The loaded state brings other options")  # lr_find puts the first lr back
+@pytest.mark.filterwarnings("ignore:The loaded state replaced options")  # lr_find puts the first lr back
 @pytest.mark.parametrize("tune", [*LR_FINDERS, *BATCH_SIZE_FINDERS])
 def test_tuners_say_what_helps_and_that_helps(tune, tmp_path):
     with pytest.raises(RuntimeError, match=re.escape(HELPS_TUNERS)):

@@ -464,7 +464,7 @@ def test_resumed_in_the_middle_of_an_epoch_its_record_is_whole(tmp_path):
     assert fit(tmp_path / "step=2.ckpt") == whole
 
 
-@pytest.mark.filterwarnings("ignore:The loaded state brings other options")
+@pytest.mark.filterwarnings("ignore:The loaded state replaced options")
 def test_bounds_are_those_in_force(tmp_path):
     """Those that a checkpoint brings, and those that a program changes."""
 

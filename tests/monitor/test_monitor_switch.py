@@ -123,7 +123,7 @@ def test_replaced_parameter_is_noticed(tmp_path):
         assert metrics == pytest.approx(truth.expected(step, bounds=OLD, parameters=["net.2.bias"]), rel=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:The loaded state brings other options")
+@pytest.mark.filterwarnings("ignore:The loaded state replaced options")
 def test_look_at_a_replaced_rprop_is_dropped(tmp_path):
     """The optimizer is replaced between a step and its record: the gradients seen were not those of the new one."""
     stepped = []
