@@ -81,7 +81,7 @@ class Rprop(Optimizer):
             processes. It is not part of ``state_dict()``.
 
     Raises:
-        ValueError: If an argument is out of range, in the arguments or in a parameter group.
+        ValueError: If a value is out of range, also in a parameter group.
         TypeError: If an argument has the wrong type, or a parameter cannot be updated, such as an expanded tensor or
             one of a float8 dtype.
         RuntimeError: If ``fused=True`` and no fused kernel supports a parameter; also raised by a step.
@@ -160,7 +160,7 @@ class Rprop(Optimizer):
             ]
             named = [(name, p) for name, p in named if isinstance(p, Tensor)]
             for name, param in named:
-                if param.requires_grad:  # others get no gradient, so steps skip them
+                if param.requires_grad:  # others are checked at a step if they have a gradient
                     check_parameter(name, param)
             check_dtypes(options, named)
             if options["fused"]:

@@ -222,7 +222,7 @@ def test_file_of_another_kernel_is_not_loaded(tmp_path):
 def test_code_without_the_function_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     module = 'define void @"other"() { ret void }'
-    with pytest.raises(RuntimeError, match="the compiled code has no function rprop_missing"):
+    with pytest.raises(RuntimeError, match="The compiled code has no function rprop_missing"):
         _machine_code.load("rprop_missing", "source", lambda: ("rprop_missing", module))
 
 
