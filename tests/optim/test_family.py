@@ -687,7 +687,7 @@ def test_max_iter_with_a_closure_that_does_not_zero(kind):
         return w.square().sum()
 
     with pytest.raises(
-        RuntimeError, match=r"max_iter=2 .* did not zero the gradients. .* accumulation, .* use max_iter=1"
+        RuntimeError, match=r"max_iter=2 .* did not zero the gradients\. .* accumulation .* use max_iter=1"
     ):
         optimizer.step(wrong)
     assert torch.equal(w, before)
