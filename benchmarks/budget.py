@@ -1,8 +1,8 @@
-"""How far a training comes in a given time: the best loss after so many seconds, on whole-data-set problems.
+"""The best loss after a fixed time of training, on problems that use the whole data set at each step.
 
-Every optimizer runs each problem from the same starts, one after another in turn. Rprop is taken at its usual
-parameters; Adam at the best of three learning rates for each problem, and LBFGS with the strong Wolfe line search.
-Printed is the median over the starts, and in brackets how many evaluations of loss and gradient there was time for.
+Every optimizer runs each problem from the same starts, and the optimizers take turns. Rprop has its usual parameters,
+Adam the best of three learning rates for each problem, and LBFGS the strong Wolfe line search. The table shows the
+median over the starts, and in brackets the number of evaluations of loss and gradient.
 
     python -m benchmarks.budget
     python -m benchmarks.budget --seconds 5 --starts 11 --only digits,gp
@@ -36,7 +36,7 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor], Problem], torch.optim.Optimizer]] 
 
 
 def train(problem: Problem, name: str, seed: int, seconds: float) -> tuple[float, int]:
-    """Train for some time; give the best loss that was seen, and the number of evaluations."""
+    """Train for some time, and return the best loss and the number of evaluations."""
     torch.manual_seed(seed)
     params, loss_function = problem.start()
     optimizer = OPTIMIZERS[name](params, problem)
@@ -53,15 +53,15 @@ def train(problem: Problem, name: str, seed: int, seconds: float) -> tuple[float
     while time.perf_counter() < end:
         optimizer.step(closure)
         if not math.isfinite(losses[-1]):
-            break  # nothing comes after that
+            break  # it cannot recover
     return min(loss for loss in losses if not math.isnan(loss)), len(losses) - 1
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=1, help="time of each training (default: 1)")
-    parser.add_argument("--starts", type=int, default=3, help="starts of each problem (default: 3)")
+    parser.add_argument("--seconds", type=float, default=1, help="duration of each training run (default: 1)")
+    parser.add_argument("--starts", type=int, default=3, help="number of starts of each problem (default: 3)")
     add_only(parser)
     arguments = parser.parse_args()
     if arguments.starts < 1:
@@ -73,7 +73,7 @@ def main() -> None:
     for problem in arguments.only.values():
         results: dict[str, list[tuple[float, int]]] = {name: [] for name in OPTIMIZERS}
         for name in OPTIMIZERS:
-            train(problem, name, 0, 0.05)  # a kernel is compiled or loaded once in a process
+            train(problem, name, 0, 0.05)  # loads or compiles the kernels
         for seed in range(arguments.starts):
             for name, found in results.items():
                 found.append(train(problem, name, seed, arguments.seconds))
@@ -85,7 +85,7 @@ def main() -> None:
         cells = [f"{medians[name][0]:.3g} ({medians[name][1]:.0f})" for name in shown]
         print(f"| {problem.about} | {' | '.join(cells)} |", flush=True)
     about = f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    print(f"\n{arguments.seconds:g} s for each training; {about}")
+    print(f"\n{arguments.seconds:g} s for each training run; {about}")
 
 
 if __name__ == "__main__":

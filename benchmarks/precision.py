@@ -1,14 +1,14 @@
-"""What bfloat16 and float16 cost Rprop, and which remedy helps: the loss that a training ends with, whole data sets.
+"""The final training loss with bfloat16 and float16, and which remedy helps, with the whole data set in each step.
 
-The ways are those of Lightning's ``precision=``, batches in the weights' dtype included; beside "bf16-true" stands what
-is done about it. "float32 loss" is ``net(x).float()`` before the loss. The others take float32 step sizes, and add a
-step to the bfloat16 weight as it is, with Kahan's compensation, or to a float32 master weight, whose loss is told.
-A cell is the median over the starts of the loss of all samples at the end, evaluated in float32.
+The columns are Lightning's ``precision=``, with batches in the dtype of the weights, and remedies for "bf16-true".
+"float32 loss" calls ``net(x).float()`` before the loss. The other remedies use float32 step sizes, and add a step to
+the bfloat16 weight, to the weight with Kahan's compensation, or to a float32 master weight, whose loss is shown. A cell
+is the median over the starts of the final loss of all samples, evaluated in float32.
 
-Predicted before the first run: a step below half a unit in the last place of a bfloat16 weight does nothing, so that
-bf16-true stands still, and one of the three remedies of the steps is needed. For the sums of micro-batches: no effect
-at 16, a loss up to ten times as large at 100, where a bfloat16 sum is wrong by 2 %. For a weight of 1.5: a step size of
-lr is lost ceil(log(2^-8 / lr) / log 1.2) times in turn, 8 times for 1e-3.
+Predicted before the first run: steps below half a bfloat16 ulp round away, so that bf16-true stalls and needs one of
+the three remedies for steps. Sums of 16 micro-batches have no effect; with 100, where a bfloat16 sum is off by 2 %, the
+loss is up to ten times as large. For a weight of 1.5, the first ceil(log(2^-8 / lr) / log 1.2) steps round away: 8 for
+lr 1e-3.
 
     python -m benchmarks.precision
     python -m benchmarks.precision --json precision.json
@@ -36,25 +36,25 @@ from benchmarks.step import machine
 from lightning_rprop import Rprop
 
 LR = 0.01
-WEIGHT = 1.5  # whose neighbours in bfloat16 are 2^-7 away
+WEIGHT = 1.5  # its bfloat16 ulp is 2^-7
 FIRST = 10  # steps
 RATES = (1e-2, 1e-3, 1e-4, 1e-5)
 
 
 class Remedy(NamedTuple):
-    """How a move in float32 is added to a bfloat16 weight, and what has to be remembered for that."""
+    """How to add a float32 move to a bfloat16 weight, and what to store for that."""
 
     remember: Callable[[Tensor], Tensor]
     add: Callable[[Tensor, Tensor, Tensor], object]
 
 
 def add_rounded(weight: Tensor, move: Tensor, nothing: Tensor) -> None:
-    """Add, and forget what the weight does not hold."""
+    """Add and round."""
     weight.copy_(weight.float() + move)
 
 
 def add_compensated(weight: Tensor, move: Tensor, left: Tensor) -> None:
-    """Add with what was left of the moves before; keep what is left now, in bfloat16 (Kahan)."""
+    """Add the move and the earlier rounding error; store the new rounding error in bfloat16 (Kahan)."""
     due = (left.float() + move).to(left.dtype)
     new = (weight.float() + due.float()).to(weight.dtype)
     left.copy_(due.float() - (new.float() - weight.float()))
@@ -62,7 +62,7 @@ def add_compensated(weight: Tensor, move: Tensor, left: Tensor) -> None:
 
 
 def add_to_master(weight: Tensor, move: Tensor, master: Tensor) -> None:
-    """Add to the master, of which the weight is a copy."""
+    """Add to the master weight, and copy it to the weight."""
     weight.copy_(master.add_(move))
 
 
@@ -72,9 +72,9 @@ MASTER = Remedy(Tensor.float, add_to_master)
 
 
 class Remedied:
-    """Rprop whose step sizes are float32 beside bfloat16 weights, with a remedy for what is lost when they are added.
+    """Rprop with float32 step sizes for bfloat16 weights, and a remedy for the rounding of each move.
 
-    The optimizer inside has the moves as its parameters, which are 0 before each step and so hold it exactly.
+    The parameters of the inner optimizer are the moves. They are 0 before each step, so that they hold it exactly.
     """
 
     def __init__(self, params: list[Tensor], remedy: Remedy) -> None:
@@ -95,7 +95,7 @@ class Remedied:
 
 
 class Way(NamedTuple):
-    """A precision of Lightning's, and what is done about it."""
+    """A Lightning precision and its remedies."""
 
     weights: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
@@ -119,7 +119,7 @@ WAYS = {
 
 
 class Row(NamedTuple):
-    """A problem, and for how many steps."""
+    """A problem and its number of steps."""
 
     about: str
     fit: Fit
@@ -127,7 +127,7 @@ class Row(NamedTuple):
 
 
 def sine() -> Fit:
-    """Fit a network to a sine of 200 points."""
+    """Fit a network to 200 points of a sine."""
     x = torch.linspace(-3, 3, 200).unsqueeze(1)
     return Fit(x, x.sin(), lambda: mlp(1, 20, 1), F.mse_loss)
 
@@ -139,11 +139,17 @@ ROWS = {
     "sine": Row("sine, 1-20-1 network", sine(), 500),
 }
 SUMS = [Row("digits, 64-32-10 network", DIGITS, 50), Row("diabetes, 10-16-1 network", DIABETES, 50)]
-CUTS = [(1, False), (16, False), (16, True), (100, False), (100, True)]  # micro-batches, and whether added in float32
+CUTS = [
+    (1, False),
+    (16, False),
+    (16, True),
+    (100, False),
+    (100, True),
+]  # number of micro-batches, and whether they are summed in float32
 
 
 def end(row: Row, way: Way, seed: int, micro_batches: int = 1, float32_sum: bool = False) -> float:
-    """Train in so many micro-batches, and give the loss of all samples at the end, in float32."""
+    """Train with micro-batches, and return the final loss of all samples in float32."""
     fit = row.fit
     torch.manual_seed(seed)
     net = fit.net().to(way.weights)
@@ -164,7 +170,7 @@ def end(row: Row, way: Way, seed: int, micro_batches: int = 1, float32_sum: bool
                 net.zero_grad()
         if float32_sum:
             for p, s in zip(params, sums, strict=True):
-                p.grad = s.to(p.dtype)  # which keeps the sign
+                p.grad = s.to(p.dtype)  # keeps the sign
         if isinstance(optimizer, Remedied):
             optimizer.step()
         else:
@@ -187,7 +193,7 @@ def loss_of(net: nn.Module, x: Tensor, y: Tensor, fit: Fit, float32_loss: bool) 
 
 
 def lost(lr: float, steps: int, seed: int) -> tuple[float, float]:
-    """Give the share of moves that leave a bfloat16 weight as it is: of the first steps, and of all, on digits."""
+    """Return the share of moves that do not change a bfloat16 weight, in the first steps and in all, on digits."""
     torch.manual_seed(seed)
     net = DIGITS.net().to(BF16)
     params = list(net.parameters())
@@ -198,14 +204,14 @@ def lost(lr: float, steps: int, seed: int) -> tuple[float, float]:
         loss_of(net, DIGITS.x.to(BF16), DIGITS.y, DIGITS, True).backward()
         before = [p.detach().clone() for p in params]
         optimizer.step()
-        moves = [optimizer.state[p]["prev"] != 0 for p in params]  # where the sign has changed, prev is 0: no move
+        moves = [optimizer.state[p]["prev"] != 0 for p in params]  # prev is 0 where the sign changed, which is no move
         still = [move & (p == old) for move, p, old in zip(moves, params, before, strict=True)]
         counts.append((sum(int(t.sum()) for t in still), sum(int(t.sum()) for t in moves)))
     return tuple(sum(s for s, _ in some) / sum(m for _, m in some) for some in (counts[:FIRST], counts))
 
 
 def lost_in_turn(lr: float) -> int:
-    """Count the steps that leave a bfloat16 weight as it is while its gradient keeps its sign."""
+    """Count the first steps that do not change a bfloat16 weight, with gradients of one sign."""
     weight = torch.tensor([WEIGHT], dtype=BF16)
     weight.grad = torch.ones_like(weight)
     optimizer = Rprop([weight], lr=lr)
@@ -217,12 +223,12 @@ def lost_in_turn(lr: float) -> int:
 
 
 def predicted_in_turn(lr: float) -> int:
-    """Count the same on paper: a step size that grows by 1.2 must exceed half the distance to the next number."""
+    """Predict the same: a step size that grows by 1.2 must exceed half an ulp."""
     return max(0, math.ceil(math.log(2**-8 / lr) / math.log(1.2)))
 
 
 def print_table(head: list[str], lines: Iterable[list[str]]) -> None:
-    """Print lines in Markdown as they come."""
+    """Print lines in Markdown as soon as they are ready."""
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for line in lines:
         print(f"| {' | '.join(line)} |", flush=True)
@@ -231,9 +237,9 @@ def print_table(head: list[str], lines: Iterable[list[str]]) -> None:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--starts", type=int, default=5, help="starts of each problem (default: 5)")
+    parser.add_argument("--starts", type=int, default=5, help="number of starts of each problem (default: 5)")
     add_only(parser, {**ROWS, "sums": None, "moves": None})
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
     if arguments.starts < 1:
         parser.error(f"--starts: must be at least 1, got {arguments.starts}")
@@ -268,10 +274,10 @@ def main() -> None:
     if ROWS.keys() & arguments.only.keys():
         print_table(["problem", *WAYS], losses())
     if "sums" in arguments.only:
-        cuts = [f"{n} micro-batches, added in {'float32' if precise else 'bfloat16'}" for n, precise in CUTS[1:]]
+        cuts = [f"{n} micro-batches, summed in {'float32' if precise else 'bfloat16'}" for n, precise in CUTS[1:]]
         print_table(["bf16-true + float32 loss, 50 steps", "one batch", *cuts], sums())
     if "moves" in arguments.only:
-        head = ["lr", f"lost, first {FIRST} steps", "lost, 300 steps", f"lost in turn at {WEIGHT}", "predicted"]
+        head = ["lr", f"lost, first {FIRST} steps", "lost, 300 steps", f"lost at the start from {WEIGHT}", "predicted"]
         print_table(head, moves())
     about = machine([])
     print(f"\n{', '.join(f'{name} {value}' for name, value in about.items())}, {time.perf_counter() - begin:.0f} s")

@@ -1,4 +1,4 @@
-"""Small whole-data-set problems, which the other benchmarks solve."""
+"""Small problems for the other benchmarks, all with the whole data set in each step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Start = tuple[list[Tensor], Callable[[], Tensor]]
 
 
 class Problem(NamedTuple):
-    """What is solved, from where, and when it counts as solved."""
+    """A problem, how to start it, and when it counts as solved."""
 
     about: str
-    start: Callable[[], Start]  # parameters and loss, made anew from torch's random state
+    start: Callable[[], Start]  # returns new parameters and their loss function, drawn from torch's random state
     target: float
     cap: int
     lr: float = 0.01
@@ -36,7 +36,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class Fit(NamedTuple):
-    """Inputs, targets, how a network for them is made from torch's random state, and the loss of its outputs."""
+    """Inputs, targets, a function that creates a network from torch's random state, and the loss of its outputs."""
 
     x: Tensor
     y: Tensor
@@ -44,13 +44,13 @@ class Fit(NamedTuple):
     criterion: Callable[[Tensor, Tensor], Tensor]
 
     def start(self) -> Start:
-        """Begin to fit all samples."""
+        """Return a new network's parameters and its loss over all samples."""
         net = self.net()
         return list(net.parameters()), lambda: self.criterion(net(self.x), self.y)
 
 
 def table(load: Callable[..., tuple], classes: int, hidden: int) -> Fit:
-    """Fit a network to one of scikit-learn's tables, standardised: cross-entropy, or squared error for one class."""
+    """Fit a network to a standardized scikit-learn table: cross-entropy, or squared error if ``classes`` is 1."""
     inputs, targets = load(return_X_y=True)
     x = torch.tensor(StandardScaler().fit_transform(inputs), dtype=torch.float32)
     y = torch.tensor(targets) if classes > 1 else torch.tensor(targets, dtype=torch.float32).unsqueeze(1)
@@ -59,7 +59,7 @@ def table(load: Callable[..., tuple], classes: int, hidden: int) -> Fit:
 
 
 def oscillator() -> Start:
-    """Physics-informed: u'' + 4 u = 0, u(0) = 1, u'(0) = 0 on [0, pi], by a network of its own for u."""
+    """Physics-informed: u'' + 4 u = 0, u(0) = 1, u'(0) = 0 on [0, pi], with a network for u."""
     net = mlp(1, 20, 20, 1).double()
     t = torch.linspace(0, math.pi, 60, dtype=torch.float64).unsqueeze(1).requires_grad_()
 
@@ -73,7 +73,7 @@ def oscillator() -> Start:
 
 
 def gaussian_process() -> Start:
-    """Hyperparameters of a Gaussian process (10 length scales, signal, noise): negative log likelihood a sample."""
+    """Fit a Gaussian process (10 length scales, signal, noise): negative log likelihood per sample."""
     inputs, targets = load_diabetes(return_X_y=True)
     x = torch.tensor(StandardScaler().fit_transform(inputs))[:200]
     y = torch.tensor(targets)[:200]
@@ -92,7 +92,7 @@ def gaussian_process() -> Start:
 
 
 def ellipsoid(condition: float, rotated: bool) -> Callable[[], Start]:
-    """Minimise a quadratic in 20 dimensions, with axes parallel to the coordinates' or turned at random."""
+    """Minimize a quadratic in 20 dimensions, with its axes parallel to the coordinate axes or rotated at random."""
 
     def start() -> Start:
         scales = condition ** torch.linspace(0, 1, 20, dtype=torch.float64)
@@ -117,7 +117,7 @@ PROBLEMS = {
 
 
 def add_only(parser: argparse.ArgumentParser, problems: dict[str, Any] = PROBLEMS) -> None:
-    """Add the option ``--only``, which gives some of the problems, by default all."""
+    """Add the option ``--only``, which selects some of the problems (default: all)."""
 
     def select(names: str) -> dict[str, Any]:
         if unknown := set(names.split(",")) - set(problems):

@@ -1,7 +1,7 @@
-"""What a step costs, in time and in memory, against torch's optimizers and against copying as many bytes.
+"""Time and memory of a step, compared with torch's optimizers and with a copy of the same number of bytes.
 
-In each case all programs run in turn, many times over, so that whatever else the machine does falls on all of them;
-printed are medians. From step to step the gradients alternate between two random sets, so that half of the signs flip.
+In each case the programs take turns many times, so that other load on the machine affects all of them. The table shows
+medians. The gradients alternate between two random sets, so that half of the signs flip at each step.
 
     python -m benchmarks.step
     python -m benchmarks.step --json step.json
@@ -36,7 +36,7 @@ COPY = "copy of as many bytes"
 
 
 def resnet50() -> Shapes:
-    """Give the parameters of ResNet-50: 25.6 million in 161 tensors."""
+    """Return the parameter shapes of ResNet-50: 25.6 million in 161 tensors."""
     shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
     inputs = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -50,7 +50,7 @@ def resnet50() -> Shapes:
 
 
 def gpt2() -> Shapes:
-    """Give the parameters of GPT-2: 124 million in 148 tensors."""
+    """Return the parameter shapes of GPT-2: 124 million in 148 tensors."""
     d = 768
     block = [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
     return [(50257, d), (1024, d), *block * 12, (d,), (d,)]
@@ -60,7 +60,7 @@ SMALL: Shapes = [(32, 8), (32,), (32, 32), (32,), (1, 32), (1,)]  # a network 8-
 
 
 class Case(NamedTuple):
-    """Shapes, the programs that are compared on them, and how often ours must be as fast as each at least."""
+    """Shapes, and the minimum speedup over each program they are compared with."""
 
     about: str
     shapes: Shapes
@@ -90,14 +90,14 @@ CUDA_CASES = {
 
 
 class Program(NamedTuple):
-    """Something to time, and what is done before it each time: to set one of two sets of gradients."""
+    """A function to time, and a function that sets one of two sets of gradients before each call."""
 
     run: Callable[[], object]
     prepare: Callable[[int], None]
 
 
 def optimizer_program(name: str, case: Case, gradients: list[list[Tensor]]) -> Program:
-    """Make an optimizer with parameters of its own."""
+    """Create an optimizer with its own parameters."""
     params = [torch.zeros(shape, dtype=case.dtype, device=case.device).requires_grad_() for shape in case.shapes]
     optimizer: torch.optim.Optimizer = {
         OURS: lambda: Rprop(params),
@@ -124,7 +124,7 @@ def optimizer_program(name: str, case: Case, gradients: list[list[Tensor]]) -> P
         param.grad = torch.zeros_like(param)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        optimizer.step()  # makes the state
+        optimizer.step()  # creates the state
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -137,18 +137,18 @@ def optimizer_program(name: str, case: Case, gradients: list[list[Tensor]]) -> P
 
 
 def copy_program(case: Case) -> Program:
-    """Copy half of the bytes that a step reads and writes: a copy reads and writes them."""
+    """Copy half of the bytes that a step reads and writes, because a copy reads and writes each byte."""
     source, target = torch.zeros(2, bytes_moved(case) // 2, dtype=torch.uint8, device=case.device)
     return Program(lambda: target.copy_(source), lambda which: None)
 
 
 def bytes_moved(case: Case) -> int:
-    """Count what must move: parameter, gradient, prev and step size are read, all but the gradient are written."""
+    """Count the bytes of a step: parameter, gradient, prev and step size are read, all but the gradient are written."""
     return 7 * case.dtype.itemsize * sum(map(math.prod, case.shapes))
 
 
 def seconds_of(case: Case, seconds: float) -> dict[str, float]:
-    """Time the programs in turn; give the median of each."""
+    """Time the programs by turns, and return the median of each."""
     torch.manual_seed(0)
     gradients = [[torch.randn(s, dtype=case.dtype, device=case.device) for s in case.shapes] for _ in range(2)]
     ours = [OURS] + [OURS_IN_GRAPH] * (GRAPH in case.asked)
@@ -157,7 +157,7 @@ def seconds_of(case: Case, seconds: float) -> dict[str, float]:
         for name in [*ours, *case.asked]
     }
     times: dict[str, list[float]] = {name: [] for name in programs}
-    burst = 1 if bytes_moved(case) > 1e8 else 20  # small programs find their own data in the cache, as in a training
+    burst = 1 if bytes_moved(case) > 1e8 else 20  # small programs find their data in the cache, as in training
     begin, count = time.perf_counter(), 0
     while count < 3 or time.perf_counter() - begin < seconds:
         for name, program in programs.items():
@@ -169,16 +169,16 @@ def seconds_of(case: Case, seconds: float) -> dict[str, float]:
                 wait_for(case)
                 times[name].append(time.perf_counter() - start)
         count += 1
-    return {name: statistics.median(values[2:]) for name, values in times.items()}  # two to warm up
+    return {name: statistics.median(values[2:]) for name, values in times.items()}  # the first two are a warm-up
 
 
 def wait_for(case: Case) -> None:
-    """Let the device finish what it was given."""
+    """Wait until the device has finished."""
     if case.device == "cuda":
         torch.cuda.synchronize()
 
 
-# One step in a process of its own, as nothing else tells its peak: Linux's high-water mark of the resident memory.
+# One step in a separate process, because the peak is Linux's high-water mark of a process's resident memory.
 MEMORY_PROBE = """
 import sys, torch
 from benchmarks.step import CASES, FOREACH, FOR_LOOP, OURS, optimizer_program
@@ -194,7 +194,7 @@ program.run()
 print(1024 * (kilobytes("VmHWM") - before))
 """
 
-# The first step of a process that has torch and the package already.
+# The first step of a process that has already imported torch and the package.
 FIRST_STEP_PROBE = """
 import time, torch
 from lightning_rprop import Rprop
@@ -208,7 +208,7 @@ print(time.perf_counter() - start)
 
 
 def probe(program: str, *arguments: str, **environment: str) -> float:
-    """Run a program in a process of its own; give the number it prints."""
+    """Run a program in a separate process, and return the number that it prints."""
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(
         command,
@@ -222,14 +222,14 @@ def probe(program: str, *arguments: str, **environment: str) -> float:
 
 
 def first_steps() -> tuple[float, float]:
-    """Give the seconds of a first step that compiles the kernel, and the median of those that find it on disk."""
+    """Return the seconds of a first step that compiles the kernel, and the median of those that find it on disk."""
     with tempfile.TemporaryDirectory() as folder:
         compiles, *cached = (probe(FIRST_STEP_PROBE, NUMBA_CACHE_DIR=folder, XDG_CACHE_HOME=folder) for _ in range(6))
     return compiles, statistics.median(cached)
 
 
 class Row(NamedTuple):
-    """A line of the table: ours against one peer."""
+    """A line of the table, which compares ours with one peer."""
 
     case: str
     peer: str
@@ -239,7 +239,7 @@ class Row(NamedTuple):
     asked: str
 
     def text(self) -> str:
-        """Give the line in Markdown."""
+        """Return the line in Markdown."""
         ratio = f"{self.theirs / self.ours:.3g}x" if self.ours else "-"
         return (
             f"| {self.case} | {self.peer} | {self.ours:.4g} {self.unit} | {self.theirs:.4g} {self.unit} | {ratio} "
@@ -248,7 +248,7 @@ class Row(NamedTuple):
 
 
 def time_rows(case: Case, seconds: float) -> tuple[list[Row], str]:
-    """Time a case; give its rows, and what its memory traffic comes to."""
+    """Time a case, and return its rows and a text about its memory traffic."""
     medians = seconds_of(case, seconds)
     kind = f"{case.device}, {str(case.dtype).removeprefix('torch.')}, {case.about}"
     rows = []
@@ -263,7 +263,10 @@ def time_rows(case: Case, seconds: float) -> tuple[list[Row], str]:
         return rows, ""
     moved = bytes_moved(case)
     step, copy = (moved / medians[name] / 1e9 for name in (OURS, COPY))
-    return rows, f"{kind}: {moved / 1e6:.0f} MB move; a copy does {copy:.0f} GB/s, a step {step:.0f}: {step / copy:.0%}"
+    return (
+        rows,
+        f"{kind}: {moved / 1e6:.0f} MB per step; copy {copy:.0f} GB/s, step {step:.0f} GB/s: {step / copy:.0%}",
+    )
 
 
 def memory_rows() -> list[Row]:
@@ -279,7 +282,7 @@ def memory_rows() -> list[Row]:
 
 
 def machine(devices: Iterable[str]) -> dict[str, str]:
-    """Tell what the figures were taken on."""
+    """Describe the machine."""
     about = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -292,7 +295,7 @@ def machine(devices: Iterable[str]) -> dict[str, str]:
 
 
 def processor() -> str:
-    """Name the processor and its number of cores."""
+    """Return the processor's name and its number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -306,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help=f"some of the cases, separated by commas: {', '.join([*cases, *others])}")
     parser.add_argument("--seconds", type=float, default=20, help="time for each case (default: 20)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file too")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",") if arguments.only else [*cases, *others]
     if unknown := set(chosen) - {*cases, *others}:
@@ -322,7 +325,7 @@ def main() -> None:
             new = memory_rows()
         elif name == "first-step":
             compiles, cached = first_steps()
-            new = [Row("cpu, first step of a process", "the one that compiles", cached, compiles, "s", "0.3 s")]
+            new = [Row("cpu, first step of a process", "with compilation", cached, compiles, "s", "0.3 s")]
         else:
             new, roofline = time_rows(cases[name], arguments.seconds)
             rooflines += [roofline] * bool(roofline)

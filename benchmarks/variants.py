@@ -1,8 +1,8 @@
-"""Which variant wins where: gradient evaluations to a target loss, on whole-data-set problems.
+"""Gradient evaluations to a target loss for each variant, on problems that use the whole data set at each step.
 
-Every problem is run from the same starts with each variant, at Rprop's usual parameters (lr 0.01, 0.1 for the Gaussian
-process; etas 0.5 and 1.2; step sizes from 1e-6 to 50). Printed is the median over the starts (an unsolved one counts as
-infinite), and how many starts were solved within the cap.
+Every variant runs each problem from the same starts, with Rprop's usual parameters (lr 0.01, 0.1 for the Gaussian
+process; etas 0.5 and 1.2; step sizes from 1e-6 to 50). The table shows the median over the starts, where an unsolved
+one counts as infinite, and how many starts were solved within the cap.
 
     python -m benchmarks.variants
     python -m benchmarks.variants --starts 3 --only digits,gp
@@ -25,7 +25,7 @@ VARIANTS = ("rprop+", "rprop-", "irprop+", "irprop-")
 
 
 def evaluations(problem: Problem, variant: str, seed: int) -> tuple[float, float]:
-    """Count the evaluations to the target (inf: not within the cap), and give the best loss."""
+    """Return the number of evaluations to the target (inf if the cap was reached), and the best loss."""
     torch.manual_seed(seed)
     params, loss_function = problem.start()
     optimizer = Rprop(params, lr=problem.lr, variant=variant)
@@ -44,9 +44,9 @@ def evaluations(problem: Problem, variant: str, seed: int) -> tuple[float, float
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--starts", type=int, default=11, help="starts of each problem (default: 11)")
+    parser.add_argument("--starts", type=int, default=11, help="number of starts of each problem (default: 11)")
     add_only(parser)
-    parser.add_argument("--best", action="store_true", help="print the median of the best losses too")
+    parser.add_argument("--best", action="store_true", help="also print the median of the best losses")
     arguments = parser.parse_args()
 
     begin = time.perf_counter()

@@ -1,14 +1,14 @@
-"""The encoder problems of Riedmiller and Braun (1993), with the four variants, many starts at once.
+"""The encoder problems of Riedmiller and Braun (1993), with the four variants and many starts in parallel.
 
-An n-h-n encoder gives each of n one-hot patterns back through h hidden units (logistic units, half the squared error,
-all patterns in one batch, float64, weights from U(-1, 1)). It is solved when every output is right by the 40-20-40
-criterion: below 0.4 for a 0, above 0.6 for a 1. Counted are epochs, that is updates, until then.
+An n-h-n encoder reproduces each of n one-hot patterns through h hidden units (logistic units, half the squared error,
+all patterns in one batch, float64, weights from U(-1, 1)). It is solved when every output meets the 40-20-40 criterion:
+below 0.4 for a 0, above 0.6 for a 1. The result is the number of epochs, which are updates, until then.
 
-All starts run as one model: one tensor with a row of weights for each start. Rprop treats each weight by itself, so
-that the starts do not disturb each other; only iRprop+ looks at a loss, and gets that of each start through the
-functional form of the optimizer, which takes a tensor that says where the loss rose.
+All starts run as one model: one tensor with a row of weights for each start. Rprop treats each weight separately, so
+the starts do not affect each other. Only iRprop+ uses a loss; the functional form of the optimizer takes a tensor that
+says for each start whether its loss rose.
 
-    python examples/encoder.py                                # all rows; leaves encoder.png
+    python examples/encoder.py                                # all rows; writes encoder.png
     python examples/encoder.py --starts 100 --only 10-5-10
 """
 
@@ -34,7 +34,7 @@ DRAWN = 1500  # epochs in the picture
 
 
 class Row(NamedTuple):
-    """A problem, a setting, and what is said of it."""
+    """A problem, its settings, and the figure in the paper."""
 
     n: int
     hidden: int
@@ -44,8 +44,8 @@ class Row(NamedTuple):
     paper: int
 
 
-# The paper's figures, for its standard parameters (30, 367) and its best ones (19, 322), are quoted from memory and
-# could not be checked; they are means of a few starts, from weights of a range that is not known here.
+# The paper's figures for its standard parameters (30, 367) and its best ones (19, 322) are quoted from memory and
+# unchecked. They are means of a few starts; the range of their initial weights is unknown.
 ROWS = (
     Row(10, 5, 0.1, 50.0, 2000, 30),
     Row(10, 5, 1.0, 50.0, 2000, 19),
@@ -56,16 +56,16 @@ ROWS = (
 
 
 class Result(NamedTuple):
-    """Epochs until solved (inf: not within the cap), and the first losses ``(epochs, starts)``."""
+    """Epochs until solved (inf if the cap was reached), and the first losses ``(epochs, starts)``."""
 
     epochs: Tensor
     losses: Tensor
 
 
 def outputs(w: Tensor, n: int, hidden: int) -> Tensor:
-    """Give the outputs ``(starts, n, n)`` for all patterns, of weights ``(starts, 2 n hidden + hidden + n)``."""
+    """Return outputs ``(starts, n, n)`` for all patterns from weights ``(starts, 2 n hidden + hidden + n)``."""
     first, second, bias, out_bias = w.split([n * hidden, hidden * n, hidden, n], dim=1)
-    # the patterns are the rows of the identity: the first layer's product is its weights
+    # the patterns are the rows of the identity, so the first layer's product is its weight matrix
     inner = torch.sigmoid(first.view(-1, n, hidden) + bias.unsqueeze(1))
     return torch.sigmoid(torch.baddbmm(out_bias.unsqueeze(1), inner, second.view(-1, hidden, n)))
 
@@ -93,7 +93,7 @@ def train(row: Row, variant: str, starts: int, seed: int = 0) -> Result:
         solved_at[running] = torch.where(right, solved_at[running].clamp(max=epoch), solved_at[running])
         if epoch < DRAWN:
             losses.append(loss.squeeze(1))
-        elif epoch % 100 == 0:  # go on with the unsolved ones alone
+        elif epoch % 100 == 0:  # continue only with the unsolved starts
             keep = solved_at[running].isinf()
             running, w, grad, prev, step_size = running[keep], w[keep], grad[keep], prev[keep], step_size[keep]
             loss, loss_before = loss[keep], loss_before[keep]
@@ -109,9 +109,9 @@ def train(row: Row, variant: str, starts: int, seed: int = 0) -> Result:
 
 
 def picture(results: dict[tuple[Row, str], Result], path: str) -> None:
-    """Draw the loss over the epochs, a panel for each row of the table.
+    """Draw the best loss so far over the epochs, with a panel for each row of the table.
 
-    It is the best one so far: past the solution, step sizes up to 50 throw many a start into saturation.
+    Not the current loss, because step sizes up to 50 drive many solved starts into saturation.
     """
     from matplotlib.figure import Figure
 
@@ -133,12 +133,14 @@ def picture(results: dict[tuple[Row, str], Result], path: str) -> None:
 
 
 def main() -> None:
-    """Print the table, leave the picture."""
+    """Print the table and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--starts", type=int, default=400, help="starts of each row and variant (default: 400)")
-    parser.add_argument("--only", choices=["10-5-10", "12-2-12"], help="one problem alone")
-    parser.add_argument("--cap", type=int, help="give up after so many epochs (default: each row's own)")
-    parser.add_argument("--output", default="encoder.png", help="the picture's file (default: encoder.png)")
+    parser.add_argument(
+        "--starts", type=int, default=400, help="number of starts of each row and variant (default: 400)"
+    )
+    parser.add_argument("--only", choices=["10-5-10", "12-2-12"], help="run only one problem")
+    parser.add_argument("--cap", type=int, help="maximum number of epochs (default: depends on the row)")
+    parser.add_argument("--output", default="encoder.png", help="file of the picture (default: encoder.png)")
     arguments = parser.parse_args()
     if arguments.starts < 1:
         parser.error(f"--starts must be at least 1, got {arguments.starts}")
@@ -159,7 +161,7 @@ def main() -> None:
             again = "yes" if abs(middle / row.paper - 1) <= 0.2 else "no"
             setting = f"{name:<9}{row.lr:>5g}{row.largest:>5g}  {variant:<9}"
             print(f"{setting}{median:>7}  {solved:>9}  {row.paper:>4}  {again}", flush=True)
-    print("1993: as remembered, unchecked; means of a few starts, where one that is stuck outweighs all others")
+    print("1993: quoted from memory, unchecked; means of a few starts, which a single stuck start dominates")
     picture(results, arguments.output)
     print(f"{time.perf_counter() - begin:.0f} s, {torch.get_num_threads()} threads; picture: {arguments.output}")
 

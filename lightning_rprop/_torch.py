@@ -1,41 +1,116 @@
-"""What watches, traces or simulates torch's operations, and would not see what a kernel of ours does.
+"""All private names of torch that this package uses, with the reason for each.
 
-torch has no public names for this.
+``tests/optim/test_torch_private.py`` names the releases that they hold for. Only the ``torch._foreach_*`` functions, on
+which all of ``torch.optim`` is built, are called where they are needed; that test lists the files.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import copy
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+_count_modes = torch._C._len_torch_dispatch_stack
+_innermost_transformation = torch._C._functorch.peek_interpreter_stack
 _KEYS = torch._C._TorchDispatchModeKey
 _SIMULATING = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)  # FakeTensorMode, make_fx, functionalization
 _SIMULATED = frozenset({"FakeTensor", "FunctionalTensor"})
 
+# The attribute by which torch marks a parameter of FullyShardedDataParallel (version 1), which has no type of its own.
+FSDP_MARK = "_fsdp_flattened"
+
 
 def is_watched() -> bool:
-    """Return whether a ``TorchDispatchMode`` is active."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    """Return whether a ``TorchDispatchMode`` is active, which would not see what a custom kernel does."""
+    return _count_modes() > 0
 
 
 def is_simulating() -> bool:
-    """Return whether a mode is active that traces operations, or pretends to carry them out."""
+    """Return whether a mode is active that traces operations or only pretends to run them."""
     return is_watched() and any(torch._C._get_dispatch_mode(key) is not None for key in _SIMULATING)
 
 
 def is_simulated(tensor: Tensor) -> bool:
-    """Return whether a tensor has no values, or stands for another one."""
+    """Return whether a tensor has no values or stands for another tensor."""
     return tensor.is_meta or type(tensor).__name__ in _SIMULATED
 
 
 def is_transformed() -> bool:
-    """Return whether this runs inside a transformation of ``torch.func``, such as ``vmap``."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Return whether the caller runs inside a transformation of ``torch.func``, such as ``vmap``."""
+    return _innermost_transformation() is not None
 
 
 def is_true(condition: Tensor, *, unknown: bool) -> bool:
-    """Return a tensor's truth value, or ``unknown`` for one without a value: fake, meta, traced."""
+    """Return a tensor's truth value, or ``unknown`` if it has no value: fake, meta or traced."""
     try:
         return bool(condition)
     except RuntimeError:  # torch has no public way to ask
         return unknown
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return the number of in-place changes so far, which autograd counts; 0 for inference tensors.
+
+    There is no other way to find out that a tensor was written to without reading it.
+    """
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def has_gradient_hooks(param: Tensor) -> bool:
+    """Return whether ``register_hook()`` or ``register_post_accumulate_grad_hook()`` was called."""
+    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)
+
+
+def is_spectral_norm(module: nn.Module) -> bool:
+    """Return whether a module is the parametrization ``spectral_norm``, or has the hook of its older version."""
+    hooks = (type(hook).__name__ for hook in module._forward_pre_hooks.values())
+    return type(module).__name__ == "_SpectralNorm" or "SpectralNorm" in hooks
+
+
+def has_own_iteration(loader: DataLoader[Any]) -> bool:
+    """Return whether a DataLoader's class overrides how batches are made."""
+    cls = type(loader)
+    return cls.__iter__ is not DataLoader.__iter__ or cls._get_iterator is not DataLoader._get_iterator
+
+
+def copy_with_sampler(loader: DataLoader[Any], name: str, sampler: Any) -> DataLoader[Any]:
+    """Copy a DataLoader, with everything its class and its user added, and replace one of its samplers.
+
+    Args:
+        loader: The DataLoader.
+        name: ``"sampler"`` or ``"batch_sampler"``.
+        sampler: The new sampler.
+    """
+    result = copy.copy(loader)
+    # bypasses DataLoader.__setattr__, which refuses to set a sampler twice; persistent workers have the old sampler
+    vars(result).update({name: sampler, "_iterator": None})
+    return result
+
+
+def shut_down_workers(loader: DataLoader[Any]) -> None:
+    """Shut down persistent workers, which would otherwise live as long as the DataLoader."""
+    workers = loader._iterator
+    if workers is not None and hasattr(workers, "_shutdown_workers"):
+        workers._shutdown_workers()
+        loader._iterator = None
+
+
+def abort_process_group() -> None:
+    """Abort the default process group, which interrupts NCCL collectives that wait for a lost rank."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d._abort_process_group()
+
+
+def reset_process_group_count() -> None:
+    """Start counting process groups from 0 again, as ``destroy_process_group`` does.
+
+    After a failed ``init_process_group`` the next group would otherwise get another name here than on its other ranks,
+    and wait for them forever (torch 2.13).
+    """
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d._world.group_count = 0

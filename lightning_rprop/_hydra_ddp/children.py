@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from lightning_rprop._hydra_ddp.rank import Child
+from lightning_rprop._torch import abort_process_group, reset_process_group_count
 
 _log = logging.getLogger(__name__)
 
@@ -95,9 +95,7 @@ def leave_process_group() -> None:
     """Destroy this process's torch process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    # Without this, after a failed init_process_group the next group's name would differ from the other ranks', and
-    # the group would wait for them forever (torch 2.13).
-    distributed_c10d._world.group_count = 0
+    reset_process_group_count()
 
 
 class Watch(threading.Thread):
@@ -120,7 +118,7 @@ class Watch(threading.Thread):
                 seconds_lost += 1
                 _disconnect_from_store(port)  # every second, because this process may connect later
             if seconds_lost == _LOSS_TIME and dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
-                distributed_c10d._abort_process_group()
+                abort_process_group()
 
     def end(self) -> None:
         """Stop watching."""

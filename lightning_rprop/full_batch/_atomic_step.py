@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_rprop.optim._fused import PLAIN
-from lightning_rprop.optim._sharding import local
+from lightning_rprop.optim._sharding import PLAIN, local
 
 
 class Interrupts:

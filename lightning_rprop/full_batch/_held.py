@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_rprop._torch import version_of
 from lightning_rprop.full_batch._batches import Place, checksum, count_samples, is_movable, leaves, mapped
 
 
@@ -140,7 +141,7 @@ def _cut(leaf: Any, part: slice) -> Any:
 def _version(tensor: Tensor) -> tuple[int, int]:
     """Return values that change when a tensor is written to or gets other memory."""
     pointer = tensor.data_ptr() if tensor.layout is torch.strided else 0
-    return 0 if tensor.is_inference() else tensor._version, pointer
+    return version_of(tensor), pointer
 
 
 def _check_leaf(path: str, leaf: Any) -> int | None:

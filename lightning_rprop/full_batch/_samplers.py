@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -20,6 +19,8 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+
+from lightning_rprop._torch import copy_with_sampler, has_own_iteration
 
 _SHUFFLES = "shuffles from step to step, which changes the rounding of the gradient"
 _NO_SAMPLER = "no sampler, because the FullBatchLoader splits the data"
@@ -142,9 +143,9 @@ def in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
     ordered = SequentialSampler(dataset)  # type: ignore[arg-type]
     for name, given in (("batch_sampler", batches), ("sampler", sampler if batches is None else None)):
         if type(given) is BatchSampler and shuffles(given.sampler):
-            return _with(loader, name, BatchSampler(ordered, given.batch_size, given.drop_last))
+            return copy_with_sampler(loader, name, BatchSampler(ordered, given.batch_size, given.drop_last))
         if shuffles(given):
-            return _with(loader, name, ordered)
+            return copy_with_sampler(loader, name, ordered)
     return loader
 
 
@@ -163,17 +164,12 @@ def order_of(loader: DataLoader[Any]) -> str:
 def batch_sizes(loader: DataLoader[Any]) -> list[int] | int | None:
     """Return the number of samples in each batch, an upper bound for a stream, or None if it is unknown."""
     batches = loader.batch_sampler
-    if type(batches) is not BatchSampler or _has_own_iteration(loader):
+    if type(batches) is not BatchSampler or has_own_iteration(loader):
         return None
     if isinstance(loader.dataset, IterableDataset):
         return batches.batch_size
     full, rest = divmod(len(batches.sampler), batches.batch_size)  # type: ignore[arg-type]
     return [batches.batch_size] * full + [rest] * (rest > 0)
-
-
-def _has_own_iteration(loader: DataLoader[Any]) -> bool:
-    """Return whether the DataLoader's class overrides iteration, so that its use of the sampler is unknown."""
-    return any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in ("__iter__", "_get_iterator"))
 
 
 def share(
@@ -206,15 +202,7 @@ def share(
         return loader, None, None
     if num_replicas == 1 or isinstance(loader.dataset, IterableDataset):
         return loader, None, None
-    if _has_own_iteration(loader):
+    if has_own_iteration(loader):
         return loader, None, (rank, num_replicas)
     part = Share(loader.sampler if batches is None else batches, rank, num_replicas)
-    return _with(loader, "sampler" if batches is None else "batch_sampler", part), part.counted, None
-
-
-def _with(loader: DataLoader[Any], name: str, sampler: Any) -> DataLoader[Any]:
-    """Copy a DataLoader, subclass and settings included, with another sampler."""
-    result = copy.copy(loader)
-    # bypasses DataLoader.__setattr__, which forbids a new sampler; persistent workers would keep the old one
-    vars(result).update({name: sampler, "_iterator": None})
-    return result
+    return copy_with_sampler(loader, "sampler" if batches is None else "batch_sampler", part), part.counted, None

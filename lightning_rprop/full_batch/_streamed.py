@@ -10,6 +10,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_convert
 
+from lightning_rprop._torch import shut_down_workers
 from lightning_rprop.full_batch._batches import Place, checksum, count_samples, equal, leaves, mapped
 from lightning_rprop.full_batch._samplers import batch_sizes, order_of, share
 
@@ -130,11 +131,9 @@ class StreamedPart:
         """Do nothing; the counterpart of :meth:`HeldPart.end_pass`."""
 
     def close(self) -> None:
-        """Shut down persistent workers, as Lightning does after a fit; torch has no public name for this."""
-        workers = getattr(self.batches, "_iterator", None)
-        if isinstance(self.batches, DataLoader) and workers is not None and hasattr(workers, "_shutdown_workers"):
-            workers._shutdown_workers()
-            self.batches._iterator = None
+        """Shut down persistent workers, as Lightning does after a fit."""
+        if isinstance(self.batches, DataLoader):
+            shut_down_workers(self.batches)
 
     def _compare(self, batch: Any) -> None:
         if self._passes == 1:

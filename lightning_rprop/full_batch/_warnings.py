@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_rprop._torch import has_gradient_hooks, is_spectral_norm
+
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -20,29 +22,18 @@ def warn_of_micro_batches(pl_module: pl.LightningModule) -> None:
             "are cut. Use LayerNorm or GroupNorm, put the layer in eval mode, or use the whole set as one batch on one "
             "device (micro_batch_size=None)"
         )
-    if names := [name for name, module in training if _is_spectral_norm(module)]:
+    if names := [name for name, module in training if is_spectral_norm(module)]:
         rank_zero_warn(
             f"{_listed(names)} updates its estimate of the spectral norm at each micro-batch, so the gradient depends "
             "on how the data are cut. Put the layer in eval mode, or use the whole set as one batch on one device "
             "(micro_batch_size=None)"
         )
-    if names := [name for name, param in pl_module.named_parameters() if _has_hooks(param)]:
+    if names := [name for name, param in pl_module.named_parameters() if has_gradient_hooks(param)]:
         rank_zero_warn(
             f"{_listed(names)} has a hook on its gradient, which gets the scaled gradient of each micro-batch; only "
             "linear hooks such as masks are then right, not clamping, signs or noise. Do that in on_after_backward, "
             "which gets the gradient of all samples"
         )
-
-
-def _has_hooks(param: Tensor) -> bool:
-    """Return whether register_hook() or register_post_accumulate_grad_hook() was called."""
-    return bool(param._backward_hooks or param._post_accumulate_grad_hooks)  # torch has no public names for these
-
-
-def _is_spectral_norm(layer: nn.Module) -> bool:
-    """Return whether a layer is torch's spectral_norm parametrization, or has the hook of the older function."""
-    hooks = (type(hook).__name__ for hook in layer._forward_pre_hooks.values())  # torch has no public name for these
-    return type(layer).__name__ == "_SpectralNorm" or "SpectralNorm" in hooks
 
 
 def warn_of_dropout(pl_module: pl.LightningModule) -> bool:

@@ -10,8 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_rprop._lightning import innermost
 from lightning_rprop.monitor._statistics import Gradients
-from lightning_rprop.optim._dispatch import as_real
-from lightning_rprop.optim._sharding import aligned, is_sharded, is_slice, local
+from lightning_rprop.optim._sharding import aligned, as_real, is_sharded, is_slice, local
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

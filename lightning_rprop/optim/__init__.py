@@ -1,6 +1,6 @@
-"""The optimizer: knows tensors, knows nothing of Lightning or Hydra."""
+"""The Rprop optimizer, which depends only on torch."""
 
-# binds the function over the module of that name, which stays importable
+# the function replaces the module of the same name as an attribute; the module stays importable
 from lightning_rprop.optim.rprop import Rprop, rprop
 
 __all__ = ["Rprop", "rprop"]

@@ -1,7 +1,7 @@
-"""Steps with bfloat16 and float16 under ``torch.compile``, where each result must be rounded as in eager mode.
+"""Steps under ``torch.compile``, with the same bits as in eager mode.
 
-Inductor keeps intermediate results of these dtypes in float32, and removes conversions that would round them. So that
-the bits stay the same, such parameters are updated by an operator that the compiler does not look into.
+Inductor keeps intermediate bfloat16 and float16 results in float32 and removes the conversions that would round them.
+Parameters of these dtypes are therefore updated by a custom operator that the compiler does not look into.
 """
 
 from __future__ import annotations
@@ -11,35 +11,51 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_rprop.optim._scratch import Scratch
+from lightning_rprop.optim._dispatch import Lists, prepare
+from lightning_rprop.optim._rule import Rule, update
+from lightning_rprop.optim._sharding import as_real, local
 
-HALVES = frozenset({torch.bfloat16, torch.float16})
+_HALVES = frozenset({torch.bfloat16, torch.float16})
 
 
-def update_opaque(
+def prepare_compiled(
     params: list[Tensor],
     grads: list[Tensor],
     prevs: list[Tensor],
     step_sizes: list[Tensor],
+    rule: Rule,
     *,
-    etaminus: float,
-    etaplus: float,
-    step_size_min: float,
-    step_size_max: float,
-    weight_decay: float,
-    maximize: bool,
-    forget: bool,
-    take_back: bool | Tensor,
     differentiable: bool,
-    scratch: Scratch,
+) -> list[Callable[[], None]]:
+    """Prepare one move while the compiler traces it; arguments as in :func:`lightning_rprop.optim._dispatch.prepare`.
+
+    The compiler itself fuses the plain loop across all tensors.
+    """
+    halves: Lists = ([], [], [], [])
+    others: Lists = ([], [], [], [])
+    for row in zip(params, grads, prevs, step_sizes, strict=True):
+        real = [as_real(local(tensor)) for tensor in row]
+        lists = halves if real[0].dtype in _HALVES and not differentiable else others
+        for tensors, tensor in zip(lists, real, strict=True):
+            tensors.append(tensor)
+    moves = []
+    if others[0]:
+        moves.append(update(*others, rule, scratch={}, differentiable=differentiable))
+    if halves[0]:
+        moves.append(update_opaque(*halves, rule))
+    return moves
+
+
+def update_opaque(
+    params: list[Tensor], grads: list[Tensor], prevs: list[Tensor], step_sizes: list[Tensor], rule: Rule
 ) -> Callable[[], None]:
-    """Prepare one move of all tensors; arguments as in :func:`lightning_rprop.optim._rule.update`."""
-    del differentiable, scratch
-    numbers = [etaminus, etaplus, step_size_min, step_size_max, weight_decay]
-    when = take_back if isinstance(take_back, Tensor) else None
+    """Prepare one move by the operator; arguments as in :func:`lightning_rprop.optim._rule.update`."""
+    *_, maximize, forget, take_back = rule
+    flags = [maximize, forget, take_back is True]
+    take_back_if = take_back if isinstance(take_back, Tensor) else None
 
     def move() -> None:
-        _move(params, grads, prevs, step_sizes, numbers, maximize, forget, take_back is True, when)
+        _move(params, grads, prevs, step_sizes, list(rule[:5]), flags, take_back_if)
 
     return move
 
@@ -51,27 +67,10 @@ def _move(
     prevs: list[Tensor],
     step_sizes: list[Tensor],
     numbers: list[float],
-    maximize: bool,
-    forget: bool,
-    always: bool,
-    when: Tensor | None,
+    flags: list[bool],
+    take_back_if: Tensor | None,
 ) -> None:
-    from lightning_rprop.optim._dispatch import dispatch  # which imports this module
-
-    etaminus, etaplus, step_size_min, step_size_max, weight_decay = numbers
-    take_back = always if when is None else when
-    lists = (params, grads, prevs, step_sizes)
-    for update, tensors in dispatch(*lists, foreach=None, fused=None, take_back=take_back, differentiable=False):
-        update(
-            *tensors,
-            etaminus=etaminus,
-            etaplus=etaplus,
-            step_size_min=step_size_min,
-            step_size_max=step_size_max,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            forget=forget,
-            take_back=take_back,
-            differentiable=False,
-            scratch={},
-        )()
+    maximize, forget, take_back = flags
+    rule = Rule._make([*numbers, maximize, forget, take_back if take_back_if is None else take_back_if])
+    for move in prepare(params, grads, prevs, step_sizes, rule, foreach=None, fused=None, scratch={}):
+        move()

@@ -1,182 +1,278 @@
-"""Which implementation serves which tensors: decided at each call from the tensors alone, never stored."""
+"""The choice of an implementation for each parameter, made at each step from the tensors and never stored."""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import cache, partial
+from operator import attrgetter
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_rprop._torch import is_simulated, is_simulating, is_watched
-from lightning_rprop.optim._compiled import HALVES, update_opaque
+from lightning_rprop._torch import is_simulated, is_simulating, is_transformed, is_watched
 from lightning_rprop.optim._foreach import update_foreach
-from lightning_rprop.optim._fused import DTYPES, PLAIN, fused_update, fused_update_of_all
-from lightning_rprop.optim._rule import update
+from lightning_rprop.optim._rule import Rule, update
 from lightning_rprop.optim._scratch import Scratch
-from lightning_rprop.optim._sharding import aligned, is_sharded, local
+from lightning_rprop.optim._sharding import PLAIN, aligned, as_real, is_sharded, local
+
+DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 # Devices on which a foreach call is one launch for many tensors; elsewhere it is a loop that needs more memory.
 _FOREACH_DEVICES = frozenset({"cuda", "xpu", "mtia"})
 
-# The parameters, gradients, previous gradients and step sizes.
-Lists = Sequence[list[Tensor]]
+# Triton's own switch: its interpreter runs the CUDA kernels on CPU tensors.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
+
+_dtype, _device, _is_cpu, _shape = map(attrgetter, ("dtype", "device", "is_cpu", "shape"))
+
+# The signature of all implementations: a call prepares the move and may fail, the returned function makes it.
+Update: TypeAlias = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Rule], Callable[[], None]]
+
+# Parameters, gradients, previous gradients and step sizes.
+Lists: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
-class Update(Protocol):
-    """The signature that all implementations of the rule share.
-
-    A call prepares the move and may fail; the function that it returns makes the move.
-    """
-
-    def __call__(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        prevs: list[Tensor],
-        step_sizes: list[Tensor],
-        *,
-        etaminus: float,
-        etaplus: float,
-        step_size_min: float,
-        step_size_max: float,
-        weight_decay: float,
-        maximize: bool,
-        forget: bool,
-        take_back: bool | Tensor,
-        differentiable: bool,
-        scratch: Scratch,
-    ) -> Callable[[], None]: ...
-
-
-def dispatch(
+def prepare(
     params: list[Tensor],
     grads: list[Tensor],
     prevs: list[Tensor],
     step_sizes: list[Tensor],
+    rule: Rule,
     *,
     foreach: bool | None,
     fused: bool | None,
-    take_back: bool | Tensor,
-    differentiable: bool,
-) -> list[tuple[Update, Lists]]:
-    """Split the tensors among the implementations.
+    scratch: Scratch,
+    differentiable: bool = False,
+) -> list[Callable[[], None]]:
+    """Prepare one move, each parameter with the implementation that suits it.
 
     Args:
         params: Parameters, real or complex.
         grads: Their gradients.
         prevs: Their previous gradients.
         step_sizes: Their step sizes.
-        foreach: ``True`` or ``False`` to have the foreach implementation or not; ``None`` to have it for what no fused
-            kernel serves, if it is a plain tensor on a device with foreach kernels.
-        fused: ``True`` to have nothing but fused kernels, ``False`` to have none; ``None`` to have them wherever one
-            serves, unless ``foreach`` says what to have or a ``TorchDispatchMode`` watches. Steps that are traced or
-            simulated have none in any case: a kernel would not be seen.
-        take_back: As the implementations take it.
-        differentiable: Autograd must go through the step, which excludes foreach and fused kernels.
+        rule: Numbers and switches of the step.
+        foreach: Whether to use the foreach implementation. ``None`` uses it for plain tensors on devices with foreach
+            kernels if no fused kernel supports them.
+        fused: Whether to use fused kernels. ``True`` requires one for every parameter. ``None`` uses them where they
+            are supported, unless ``foreach`` is given or a ``TorchDispatchMode`` is active. Simulated and traced steps
+            never use them, because the simulation would not see what a kernel does.
+        scratch: Memory for the intermediate results of large parameters.
+        differentiable: Use the plain loop, which autograd can differentiate.
 
     Returns:
-        Implementations, each with the four lists (params, grads, prevs, step_sizes) for it, in which a complex number
-        is two real ones and a DTensor is its local shard.
+        Functions that make the move.
 
     Raises:
-        RuntimeError: If ``fused`` is ``True`` and no kernel serves one of the parameters, or if a parameter cannot be
-            updated at all.
+        RuntimeError: If ``fused`` is ``True`` and no kernel supports one of the parameters.
+        TypeError: If there is no arithmetic for a parameter's dtype.
+        ValueError: If elements of a parameter share memory.
     """
-    lists: Lists = (params, grads, prevs, step_sizes)
-    if torch.compiler.is_compiling():  # the compiler fuses the plain loop itself, across all tensors
-        rows = [[as_real(local(tensor)) for tensor in row] for row in zip(*lists, strict=True)]
-        opaque = [row[0].dtype in HALVES and not differentiable for row in rows]
-        pairs = (
-            (update, [row for row, is_opaque in zip(rows, opaque, strict=True) if not is_opaque]),
-            (update_opaque, [row for row, is_opaque in zip(rows, opaque, strict=True) if is_opaque]),
-        )
-        return [(function, [*map(list, zip(*rows, strict=True))]) for function, rows in pairs if rows]
     if fused is None and (foreach is not None or differentiable or is_watched()):
         fused = False
     if fused and is_simulating():
         fused = False
-    if fused is not False and (kernel := fused_update_of_all(params, grads, prevs, step_sizes, take_back)):
-        return [(kernel, lists)]
+    if fused is not False and (kernel := _fused_for_all(params, grads, prevs, step_sizes, rule.take_back)):
+        return [kernel(params, grads, prevs, step_sizes, rule)]
     if not differentiable and any(map(is_sharded, params)):
         grads = [*map(aligned, grads, params)]
-        lists = [[*map(local, tensors)] for tensors in (params, grads, prevs, step_sizes)]
-        return dispatch(*lists, foreach=foreach, fused=fused, take_back=take_back, differentiable=differentiable)
+        params, grads, prevs, step_sizes = ([*map(local, tensors)] for tensors in (params, grads, prevs, step_sizes))
+        return prepare(params, grads, prevs, step_sizes, rule, foreach=foreach, fused=fused, scratch=scratch)
     if any(map(is_simulated, params)):
         fused = False
 
-    batches: dict[tuple[Update, torch.device, torch.dtype], list[list[Tensor]]] = {}
-    for i, row in enumerate(zip(*lists, strict=True)):
-        check_parameter(f"parameter {i}", row[0])  # its dtype may have changed since its state was made
+    plain_loop = partial(update, scratch=scratch, differentiable=differentiable)
+    batches: dict[tuple[Update, torch.device, torch.dtype], Lists] = {}
+    for i, row in enumerate(zip(params, grads, prevs, step_sizes, strict=True)):
+        check_parameter(f"parameter {i}", row[0])  # its dtype may have changed since its state was created
         param, grad, prev, step_size = map(as_real, row)
-        chosen = "" if fused is False else fused_update(param, grad, prev, step_size, take_back)
+        chosen = "" if fused is False else fused_for(param, grad, prev, step_size, rule.take_back)
         if isinstance(chosen, str):
             if fused:
                 _refuse(f"parameter {i}", chosen)
-            plain = type(param) in PLAIN and not differentiable
-            by_list = plain and param.device.type in _FOREACH_DEVICES if foreach is None else foreach
-            chosen = update_foreach if by_list else update
-        batch = batches.setdefault((chosen, param.device, param.dtype), [[], [], [], []])
+            is_plain = type(param) in PLAIN and not differentiable
+            by_list = is_plain and param.device.type in _FOREACH_DEVICES if foreach is None else foreach
+            chosen = update_foreach if by_list else plain_loop
+        batch = batches.setdefault((chosen, param.device, param.dtype), ([], [], [], []))
         for tensors, tensor in zip(batch, (param, grad, prev, step_size), strict=True):
             tensors.append(tensor)
-    return [(chosen, batch) for (chosen, _, _), batch in batches.items()]
+    return [chosen(*batch, rule) for (chosen, _, _), batch in batches.items()]
 
 
 def check_fused(names: Sequence[str], rows: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
-    """Refuse ``fused=True`` for parameters that no fused kernel serves.
+    """Check that fused kernels support all parameters, as ``fused=True`` requires.
 
     Args:
-        names: What to call the parameters.
-        rows: Parameter, gradient, previous gradient and step size of each, or what will be like them. Those that have
-            no values yet, as on the meta device, may be served later.
+        names: Names for the error message.
+        rows: Parameter, gradient, previous gradient and step size of each, or tensors like them. Parameters without
+            values, such as lazy ones or those on the meta device, pass.
 
     Raises:
-        RuntimeError: If there is such a parameter.
+        RuntimeError: If a parameter is not supported.
     """
     names = [name for name, row in zip(names, rows, strict=True) if not is_lazy(row[0])]
-    rows = [row for row in rows if not is_lazy(row[0])]  # the others get their shapes later
+    rows = [row for row in rows if not is_lazy(row[0])]
     rows = [(local(param), local(aligned(grad, param)), local(prev), local(size)) for param, grad, prev, size in rows]
     params, grads, prevs, step_sizes = ([row[i] for row in rows] for i in range(4))
-    if not rows or fused_update_of_all(params, grads, prevs, step_sizes, take_back=False):
+    if not rows or _fused_for_all(params, grads, prevs, step_sizes, take_back=False):
         return
     for name, row in zip(names, rows, strict=True):
         if not is_simulated(row[0]):
             param, grad, prev, step_size = map(as_real, row)
-            _refuse(name, fused_update(param, grad, prev, step_size, take_back=False))
+            _refuse(name, fused_for(param, grad, prev, step_size, take_back=False))
 
 
 def check_parameter(name: str, param: Tensor) -> None:
-    """Refuse a parameter that operations cannot update in place.
+    """Check that a parameter can be updated in place.
 
     Args:
-        name: What to call it.
+        name: Name for the error message.
         param: The parameter.
 
     Raises:
         TypeError: If there is no arithmetic for its dtype, as for integers and float8.
-        ValueError: If several of its elements are one number in memory, as in an expanded tensor.
+        ValueError: If some of its elements share memory, as in an expanded tensor.
     """
     if param.dtype not in DTYPES and not param.is_complex():
         raise TypeError(
-            f"Rprop cannot update {name}: its dtype is {param.dtype}. Make it float64, float32, bfloat16, float16 or "
-            "complex, or leave it out"
+            f"Rprop cannot update {name}: its dtype is {param.dtype}. Convert it to float64, float32, bfloat16, "
+            "float16 or a complex dtype, or do not pass it to the optimizer."
         )
     is_plain = type(param) in PLAIN and param.layout is torch.strided
     if is_plain and any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
         raise ValueError(
             f"Rprop cannot update {name}: elements share memory, its shape is {tuple(param.shape)} and its strides are "
-            f"{param.stride()}. Make a parameter of a copy, torch.nn.Parameter(param.detach().contiguous())"
+            f"{param.stride()}. Create the parameter from a copy: torch.nn.Parameter(param.detach().contiguous())"
         )
 
 
 def _refuse(name: str, chosen: Update | str) -> None:
     if isinstance(chosen, str):
         raise RuntimeError(
-            f"fused=True, but no fused kernel serves {name}: {chosen}. Leave fused=None, which has one wherever it can"
+            f"fused=True, but no fused kernel supports {name}: {chosen}. Use fused=None to fall back where necessary."
         )
 
 
-def as_real(tensor: Tensor) -> Tensor:
-    """Return a view of the tensor in which a complex number is two real ones."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def _fused_for_all(
+    params: list[Tensor],
+    grads: list[Tensor],
+    prevs: list[Tensor],
+    step_sizes: list[Tensor],
+    take_back: bool | Tensor,
+) -> Update | None:
+    """Return the fused implementation for all parameters at once, or ``None`` to check them one by one.
+
+    It succeeds for nearly every model: all tensors are plain, contiguous, and have one dtype and device. That takes a
+    seventh of the time of :func:`fused_for` for each parameter.
+    """
+    tensors = [*params, *grads, *prevs, *step_sizes]
+    sizes = list(map(Tensor.numel, tensors))
+    if not (
+        PLAIN.issuperset(map(type, tensors))
+        and len(set(map(_dtype, tensors))) == 1
+        and (all(map(_is_cpu, tensors)) or len(set(map(_device, tensors))) == 1)
+        and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, [*params, *grads]))
+        and sizes == sizes[: len(params)] * 4
+    ):
+        return None
+    chosen = _implementation(params[0], take_back)
+    return None if isinstance(chosen, str) else chosen
+
+
+def fused_for(param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, take_back: bool | Tensor) -> Update | str:
+    """Return the fused implementation for one parameter.
+
+    Args:
+        param: A real parameter.
+        grad: Its gradient.
+        prev: Its previous gradient.
+        step_size: Its step sizes.
+        take_back: As in :class:`~lightning_rprop.optim._rule.Rule`.
+
+    Returns:
+        The implementation, or a text that says why there is none.
+    """
+    four = (param, grad, prev, step_size)
+    if not PLAIN.issuperset(map(type, four)):
+        return f"only plain tensors are supported, not {', '.join(type(t).__name__ for t in four)}"
+    for what, get in (("dtype", _dtype), ("device", _device), ("shape", _shape)):
+        values = [get(tensor) for tensor in four]
+        if values != [values[0]] * 4:
+            return f"parameter, gradient, prev and step_size differ in {what}: {', '.join(map(str, values))}"
+    if not all(map(Tensor.is_contiguous, four)):
+        strides = [tensor.stride() for tensor in four]
+        if strides != [strides[0]] * 4:
+            return f"parameter, gradient, prev and step_size differ in strides: {', '.join(map(str, strides))}"
+        if not is_dense(param):
+            return f"its memory has gaps or overlaps: shape {tuple(param.shape)}, strides {strides[0]}"
+    if any(map(Tensor.is_neg, four)):
+        return "a tensor has its negative bit set, see torch.Tensor.resolve_neg"
+    return _implementation(param, take_back)
+
+
+def _implementation(param: Tensor, take_back: bool | Tensor) -> Update | str:
+    if isinstance(take_back, Tensor) and take_back.numel() != 1:
+        return f"loss_rose has {take_back.numel()} values"
+    if is_transformed():
+        return "it is inside a transformation of torch.func"
+    try:
+        param.data_ptr()
+    except RuntimeError as error:  # a wrapper without memory, as functionalization creates
+        return str(error)
+    return _load(param.device, param.dtype)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements fill a contiguous piece of memory, in any order."""
+    size = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length > 1 and stride != size:
+            return False
+        size *= length
+    return True
+
+
+@cache
+def _load(device: torch.device, dtype: torch.dtype) -> Update | str:
+    """Load the implementation for a device and a dtype, or return why there is none."""
+    if dtype not in DTYPES:
+        return f"there is no kernel for {dtype}"
+    try:
+        if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
+            from lightning_rprop.optim import _triton
+
+            _triton.try_out(dtype, device)
+            return _triton.update_triton
+        if device.type == "cpu":
+            from lightning_rprop.optim import _numba
+
+            _numba.load_kernel(dtype)
+            return _numba.update_numba
+    except ImportError as error:
+        if device.type == "cpu":
+            _warn_of_missing_compiler(str(error))
+        return f"its compiler cannot be imported: {error}"
+    except Exception as error:  # compilers raise anything, and the other implementations still work
+        warnings.warn(
+            f"Rprop cannot use its faster fused kernel for {dtype} on {device}: {error!r}. "
+            "Set fused=False to silence this warning.",
+            stacklevel=2,
+        )
+        return f"its kernel failed: {error!r}"
+    return f"there is no kernel for the device {device}"
+
+
+@cache
+def _warn_of_missing_compiler(reason: str) -> None:
+    """Warn once per process, not once per dtype."""
+    warnings.warn(
+        f"Rprop cannot use its faster fused kernel, because the compiler cannot be imported: {reason}. "
+        "Install a Numba version that supports your NumPy and Python (pip install --upgrade numba), or set "
+        "fused=False to silence this warning.",
+        stacklevel=2,
+    )

@@ -1,4 +1,4 @@
-"""The rules of ``update.py`` over lists of tensors: one launch for many of them where a device has such kernels."""
+"""The rules of ``_rule.py`` for lists of tensors: one launch for many tensors on devices with foreach kernels."""
 
 from __future__ import annotations
 
@@ -8,37 +8,22 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from lightning_rprop.optim._scratch import Scratch
+from lightning_rprop.optim._rule import Rule
 
 _dtype = attrgetter("dtype")
 
 
 def update_foreach(
-    params: list[Tensor],
-    grads: list[Tensor],
-    prevs: list[Tensor],
-    step_sizes: list[Tensor],
-    *,
-    etaminus: float,
-    etaplus: float,
-    step_size_min: float,
-    step_size_max: float,
-    weight_decay: float,
-    maximize: bool,
-    forget: bool,
-    take_back: bool | Tensor,
-    differentiable: bool,
-    scratch: Scratch,
+    params: list[Tensor], grads: list[Tensor], prevs: list[Tensor], step_sizes: list[Tensor], rule: Rule
 ) -> Callable[[], None]:
-    """Compute one move of all tensors at once; arguments as in :func:`lightning_rprop.optim._rule.update`.
+    """Prepare one move of all tensors at once; arguments as in :func:`lightning_rprop.optim._rule.update`.
 
     Returns:
         A function that makes the move; it allocates no memory.
     """
-    del differentiable  # dispatch.py never sends a differentiable step here: the foreach kernels write in place
-    del scratch  # the results of all tensors are there at once
+    etaminus, etaplus, step_size_min, step_size_max, weight_decay, maximize, forget, take_back = rule
 
-    # the gradient of what is minimised (two roundings for the decay: a fused multiply-add would depend on the path)
+    # gradient to minimize (the decay rounds twice; a fused multiply-add would depend on the implementation)
     if maximize:
         grads = list(torch._foreach_neg(grads))
     if weight_decay != 0:
@@ -49,25 +34,25 @@ def update_foreach(
     agreements = torch._foreach_mul(signs, torch._foreach_sign(prevs))
     flipped = [agreement < 0 for agreement in agreements]
 
-    # adapt the step size: 1 + etaplus * (-1, 0, 1), cut to [etaminus, etaplus], is (etaminus, 1, etaplus)
+    # adapt the step size: 1 + etaplus * (-1, 0, 1), clamped to [etaminus, etaplus], is (etaminus, 1, etaplus)
     torch._foreach_mul_(agreements, etaplus)
     torch._foreach_add_(agreements, 1)
     torch._foreach_clamp_min_(agreements, etaminus)
     torch._foreach_clamp_max_(agreements, etaplus)
     sizes = list(torch._foreach_mul(step_sizes, agreements))
     del agreements
-    if [*map(_dtype, sizes)] != [*map(_dtype, step_sizes)]:  # parameters that were given another dtype amid training
+    if [*map(_dtype, sizes)] != [*map(_dtype, step_sizes)]:  # a parameter's dtype changed during training
         sizes = [size.to(step_size.dtype) for size, step_size in zip(sizes, step_sizes, strict=True)]
     torch._foreach_clamp_min_(sizes, step_size_min)
     torch._foreach_clamp_max_(sizes, step_size_max)
 
-    # remember the gradient: 0 where the sign changed, the one before where this one is NaN
+    # store the gradient: 0 at a flip, the previous one where this one is NaN
     kept = [torch.where(grad.isnan(), prev, grad) for grad, prev in zip(grads, prevs, strict=True)]
     if forget:
         for grad, flip in zip(kept, flipped, strict=True):
             grad.masked_fill_(flip, 0)
 
-    # move; where the sign changed back by the last step size, or not at all
+    # move; at a flip move back by the last step size, or not at all
     if take_back is False:
         distances = sizes
     else:

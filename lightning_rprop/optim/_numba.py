@@ -1,4 +1,4 @@
-"""The rules of ``update.py`` in one call and one pass over memory for all tensors, on the CPU."""
+"""The rules of ``_rule.py`` in one call and one pass over memory for all tensors, on the CPU."""
 
 from __future__ import annotations
 
@@ -13,68 +13,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rprop.optim._rounding import rounded
-from lightning_rprop.optim._scratch import Scratch
+from lightning_rprop.optim._rule import Rule, rounded
 from lightning_rprop.optim._threads import run
 
-# The C type of a kernel; calls release the interpreter's lock.
+# The C type of a kernel; calls through it release the GIL.
 PROTOTYPE = ctypes.CFUNCTYPE(
     None, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2, *[ctypes.c_bool] * 3
 )
 
-# Elements that a thread takes at a time, 7 MB in float32: work for 0.2 ms, where a thread is woken in 0.05.
+# Elements that a thread takes at a time: 7 MB in float32, about 0.2 ms of work; waking a thread takes 0.05 ms.
 _CHUNK = 1 << 18
 
 
-def update_fused_cpu(
-    params: list[Tensor],
-    grads: list[Tensor],
-    prevs: list[Tensor],
-    step_sizes: list[Tensor],
-    *,
-    etaminus: float,
-    etaplus: float,
-    step_size_min: float,
-    step_size_max: float,
-    weight_decay: float,
-    maximize: bool,
-    forget: bool,
-    take_back: bool | Tensor,
-    differentiable: bool,
-    scratch: Scratch,
+def update_numba(
+    params: list[Tensor], grads: list[Tensor], prevs: list[Tensor], step_sizes: list[Tensor], rule: Rule
 ) -> Callable[[], None]:
     """Prepare one move of all tensors at once; arguments as in :func:`lightning_rprop.optim._rule.update`.
 
-    The tensors are such as ``fused.py`` lets pass, of one dtype. The rules are in ``fused_cpu_kernel.py``. No memory of
-    a tensor's size is allocated.
+    The tensors have passed the checks of ``_dispatch.py`` and have one dtype. The rules are in ``_numba_kernel.py``.
 
     Returns:
-        A function that makes the move.
+        A function that makes the move. No memory of a tensor's size is allocated.
     """
-    del differentiable  # dispatch.py never sends a differentiable step here: autograd does not see what a kernel does
-    del scratch
     dtype = params[0].dtype
     kernel = load_kernel(dtype)
     addresses = array("Q", list(map(Tensor.data_ptr, [*params, *grads, *prevs, *step_sizes])))
     sizes = array("q", map(Tensor.numel, params))
     taken = array("q", [0])
-    numbers = rounded(dtype, etaminus, etaplus, step_size_min, step_size_max, weight_decay)
-    tables = (addresses.buffer_info()[0], sizes.buffer_info()[0], len(sizes), _CHUNK, taken.buffer_info()[0])
-    arguments = (*tables, numbers.buffer_info()[0], maximize, forget, bool(take_back))
+    numbers = rounded(dtype, rule[:5])
+    arguments = (
+        addresses.buffer_info()[0],
+        sizes.buffer_info()[0],
+        len(sizes),
+        _CHUNK,
+        taken.buffer_info()[0],
+        numbers.buffer_info()[0],
+        rule.maximize,
+        rule.forget,
+        bool(rule.take_back),
+    )
     threads = min(torch.get_num_threads(), sum(sizes) // _CHUNK)
-    # what the kernel reads and writes must live as long as a thread of it does
+    # the memory that the kernel works on must live as long as any of its threads
     needed = (addresses, sizes, taken, numbers, params, grads, prevs, step_sizes)
     return partial(_move, kernel, arguments, threads, needed)
 
 
 def _move(kernel: Callable[..., None], arguments: tuple[Any, ...], threads: int, needed: tuple[Any, ...]) -> None:
     run(lambda *_: kernel(*arguments), threads, needed)
-    torch.autograd.graph.increment_version(needed[4])  # as torch's own in-place operations tell autograd
+    torch.autograd.graph.increment_version(needed[4])  # as torch's own in-place operations do
 
 
 @cache
 def load_kernel(dtype: torch.dtype) -> Callable[..., None]:
-    """Load the kernel for parameters of one dtype, or compile it if this machine never did.
+    """Load the kernel for parameters of one dtype, or compile it if it is not in the cache.
 
     Args:
         dtype: float64, float32, float16 or bfloat16.
@@ -83,8 +74,8 @@ def load_kernel(dtype: torch.dtype) -> Callable[..., None]:
         The kernel, a C function.
 
     Raises:
-        ImportError: If Numba is not there.
-        Exception: Whatever its compiler has to say.
+        ImportError: If Numba is not installed.
+        Exception: Whatever Numba's compiler raises.
     """
     if find_spec("numba") is None:
         raise ImportError("No module named 'numba'", name="numba")

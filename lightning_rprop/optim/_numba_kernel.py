@@ -1,6 +1,6 @@
-"""The rules of ``update.py`` for one element after another, in a loop that Numba compiles: one pass over memory.
+"""The rules of ``_rule.py`` for one element after another, in a loop that Numba compiles: one pass over memory.
 
-Imported only to be compiled (``machine_code.py`` keeps what comes out): importing Numba takes longer than 10,000 steps.
+Imported only to compile the kernels, which ``_machine_code.py`` caches: importing Numba takes longer than 10,000 steps.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-# What is stored, and the type to calculate with: torch calculates with halves in float32, and rounds each result.
+# The types in memory and for computation. As in torch, float16 and bfloat16 use float32 and round each result.
 _STORED = {"float64": types.float64, "float32": types.float32, "float16": types.uint16, "bfloat16": types.uint16}
-_CALCULATED = {"float64": np.float64, "float32": np.float32, "float16": np.float32, "bfloat16": np.float32}
+_COMPUTED = {"float64": np.float64, "float32": np.float32, "float16": np.float32, "bfloat16": np.float32}
 
 
 def compile_kernel(dtype: str) -> tuple[str, str]:
     """Compile the rules for parameters of one dtype.
 
     Args:
-        dtype: the name of the parameters' dtype, one of ``"float64"``, ``"float32"``, ``"float16"``, ``"bfloat16"``.
+        dtype: ``"float64"``, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
 
     Returns:
-        The name of the function ``kernel`` below, and LLVM's text of a module that has it.
+        The symbol of the function ``kernel`` below, and the LLVM IR of a module with it.
     """
     signature = types.void(
         types.CPointer(types.CPointer(_STORED[dtype])),
@@ -37,13 +37,13 @@ def compile_kernel(dtype: str) -> tuple[str, str]:
         *[types.boolean] * 3,
     )
     widen, narrow = _CONVERSIONS.get(dtype, (_same, _same))
-    compiled = numba.cfunc(signature, error_model="numpy")(_kernel(_CALCULATED[dtype], widen, narrow))
+    compiled = numba.cfunc(signature, error_model="numpy")(_kernel(_COMPUTED[dtype], widen, narrow))
     return compiled.native_name, compiled.inspect_llvm()
 
 
 @intrinsic
 def take(typing_context, taken, chunk):
-    """Add to a counter that several threads share, and give what it was before."""
+    """Add to a counter that threads share, and return its previous value."""
 
     def generate(context, builder, signature, arguments):
         return builder.atomic_rmw("add", *arguments, "monotonic")
@@ -52,7 +52,7 @@ def take(typing_context, taken, chunk):
 
 
 def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], Any]) -> Any:
-    """Make the function for one type of numbers, to which ``widen`` brings what is stored, and ``narrow`` back."""
+    """Build the kernel for one computation type; ``widen`` converts to it from memory, ``narrow`` back."""
     zero, one = number(0), number(1)
 
     @numba.njit(error_model="numpy")
@@ -76,14 +76,14 @@ def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], An
         forget,
         take_back,
     ):
-        """Move the elements of one parameter from the first to before the last."""
+        """Move the elements ``first`` to ``last - 1`` of one parameter."""
         for i in range(first, last):
             param = widen(params[i])
             grad = widen(grads[i])
             prev = widen(prevs[i])
             step_size = widen(step_sizes[i])
 
-            # the gradient of what is minimised (two roundings for the decay: Numba contracts no multiply-add)
+            # gradient to minimize (the decay rounds twice: Numba does not contract a multiply-add)
             if maximize:
                 grad = -grad
             if weight_decay != zero:
@@ -102,13 +102,13 @@ def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], An
             step_size = step_size_max if step_size > step_size_max else step_size
             step_sizes[i] = narrow(step_size)
 
-            # move; where the sign changed back by the last step size, or not at all
+            # move; at a flip move back by the last step size, or not at all
             distance = before if flipped and take_back else step_size
             if flipped and forget and not take_back:
                 sign = zero
             params[i] = narrow(param - sign * distance)
 
-            # remember the gradient: 0 where the sign changed, the one before where this one is NaN
+            # store the gradient: 0 at a flip, the previous one where this one is NaN
             grad = grad if grad == grad else prev
             prevs[i] = narrow(zero if flipped and forget else grad)
 
@@ -123,10 +123,10 @@ def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], An
         forget,
         take_back,
     ):
-        """Move what no other thread moves.
+        """Move chunk after chunk until none is left.
 
-        A row is a parameter; elements are counted over all rows. As many threads as like to take one chunk of elements
-        after another, so that they end together, whatever else keeps one of them busy.
+        A row is a parameter; chunks are counted over the elements of all rows. Threads share the counter ``taken``, so
+        that they finish together even if one of them is slow.
         """
         row, start = 0, 0
         while row < rows:
@@ -150,7 +150,7 @@ def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], An
                     take_back,
                 )
                 if start + sizes[row] > end:
-                    break  # the rest of the row is in another chunk
+                    break  # the next chunk continues this row
                 start += sizes[row]
                 row += 1
 
@@ -177,7 +177,7 @@ def _float32_to_bfloat16(x):
 
 @numba.njit(error_model="numpy")
 def _float16_to_float32(bits):
-    # exponent and fraction in place, the exponent's bias mended by a multiplication, which normalises subnormals too
+    # shift exponent and fraction into place; the product corrects the exponent's bias and normalizes subnormals
     magnitude = np.uint32((np.uint32(bits) & np.uint32(0x7FFF)) << np.uint32(13))
     finite = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112)).view(np.uint32)
     unsigned = finite if magnitude < np.uint32(0x7C00 << 13) else np.uint32(magnitude | np.uint32(0x7F800000))
@@ -190,11 +190,11 @@ def _float32_to_float16(x):
     bits = np.float32(x).view(np.uint32)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
     magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    # normal: to the nearest even of 13 bits less, then the smaller bias; what overflows becomes 0x7C00, infinity
+    # normal: round off 13 bits to nearest even and subtract the difference in bias; overflow becomes infinity (0x7C00)
     to_nearest_even = np.uint32(0x0FFF) + ((magnitude >> np.uint32(13)) & np.uint32(1))
     normal = np.uint32(magnitude + to_nearest_even - np.uint32(112 << 23)) >> np.uint32(13)
     normal = normal if normal < np.uint32(0x7C00) else np.uint32(0x7C00)
-    # subnormal (below 2**-14): adding 0.5 leaves the last place at 2**-24, rounded by the addition itself
+    # subnormal (below 2**-14): adding 0.5 rounds to multiples of 2**-24
     subnormal = np.float32(np.uint32(magnitude).view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(
         0x3F000000
     )

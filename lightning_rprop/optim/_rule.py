@@ -1,41 +1,84 @@
-"""The rules of the family, for one tensor at a time: the page to read against the papers.
+"""The four rules of the Rprop family, for one tensor at a time: read this page next to the papers.
 
 C. Igel and M. Huesken, "Empirical evaluation of the improved Rprop learning algorithms", Neurocomputing 50 (2003),
-105-123; with g the gradient, p the one stored before it, D the step size and s = sign(g) * sign(p):
+105-123. With g the gradient, p the stored previous gradient, D the step size and s = sign(g) * sign(p):
 
     s > 0:  D = min(etaplus * D, max);   w -= sign(g) * D;  p = g
-    s = 0:  D stays;                     w -= sign(g) * D;  p = g
+    s = 0:  D is kept;                   w -= sign(g) * D;  p = g
     s < 0:  D = max(etaminus * D, min), and
 
-        Rprop-   w -= sign(g) * D                                        p = g
-        Rprop+   w takes back its last move                              p = 0, so that the next step does not adapt
-        iRprop-  w stays                                                 p = 0
-        iRprop+  w takes back its last move if the loss rose, else stays p = 0
+        Rprop-   w -= sign(g) * D                                     p = g
+        Rprop+   w takes back its last move                           p = 0, so that the next step does not adapt D
+        iRprop-  w is kept                                            p = 0
+        iRprop+  w takes back its last move if the loss rose          p = 0
 
-The last move of a weight at a flip was made against sign(p) = -sign(g), by the D before it shrank: taking it back is to
-move by that D against sign(g).
+At a flip (s < 0) the last move was -sign(p) * D = sign(g) * D with D before it shrank. Taking it back therefore means
+moving by -sign(g) times that D.
 
-``torch.optim.Rprop`` multiplies the gradients to find s; a product underflows where signs do not. Each result here is
-one multiplication, two clamps and one addition away from the state, so that every implementation can agree to the bit.
+``torch.optim.Rprop`` multiplies the gradients themselves to get s, and that product can underflow. Every result here is
+one multiplication, two clamps and one addition away from the state, so that all implementations agree bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import attrgetter
+from array import array
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_rprop._torch import is_simulating, is_transformed
-from lightning_rprop.optim._fused import PLAIN
-from lightning_rprop.optim._scratch import NEW, Scratch, Space, reserve, take
+from lightning_rprop.optim._scratch import NEW, Scratch, Space, is_sharable, reserve, take
 
-# Up to so many elements a parameter's new values are computed before anything moves. Larger parameters share memory
-# that is reserved before, which takes a little longer per parameter.
-_FEW = 1 << 12
+Variant: TypeAlias = Literal["irprop-", "irprop+", "rprop-", "rprop+"]
 
-_dtype = attrgetter("dtype")
+
+class AtFlip(NamedTuple):
+    """What a variant does with a weight whose gradient changed its sign.
+
+    Attributes:
+        forget: Store 0 instead of the gradient, and make no ordinary move.
+        take_back: Undo the last move; ``None`` undoes it only if the loss rose.
+    """
+
+    forget: bool
+    take_back: bool | None
+
+
+AT_FLIP: Mapping[str, AtFlip] = {
+    "irprop-": AtFlip(forget=True, take_back=False),  # Igel and Huesken 2003
+    "irprop+": AtFlip(forget=True, take_back=None),  # Igel and Huesken 2003
+    "rprop-": AtFlip(forget=False, take_back=False),  # Riedmiller 1994
+    "rprop+": AtFlip(forget=True, take_back=True),  # Riedmiller and Braun 1993
+}
+
+
+class Rule(NamedTuple):
+    """The numbers and switches of one step.
+
+    The first five fields are plain numbers and thus hashable; ``take_back`` may be a tensor.
+
+    Attributes:
+        etaminus: Factor of a step size after a sign change.
+        etaplus: Factor of a step size after two equal signs.
+        step_size_min: Lower bound of every step size.
+        step_size_max: Upper bound of every step size.
+        weight_decay: This times the parameter is added to the gradient.
+        maximize: Maximize instead of minimize.
+        forget: See :class:`AtFlip`.
+        take_back: Undo the last move at a flip; a bool, or a bool tensor that broadcasts to every parameter.
+    """
+
+    etaminus: float
+    etaplus: float
+    step_size_min: float
+    step_size_max: float
+    weight_decay: float
+    maximize: bool
+    forget: bool
+    take_back: bool | Tensor
 
 
 def update(
@@ -43,40 +86,26 @@ def update(
     grads: list[Tensor],
     prevs: list[Tensor],
     step_sizes: list[Tensor],
+    rule: Rule,
     *,
-    etaminus: float,
-    etaplus: float,
-    step_size_min: float,
-    step_size_max: float,
-    weight_decay: float,
-    maximize: bool,
-    forget: bool,
-    take_back: bool | Tensor,
-    differentiable: bool,
     scratch: Scratch,
+    differentiable: bool = False,
 ) -> Callable[[], None]:
-    """Prepare one move, tensor after tensor.
+    """Prepare one move, one tensor after another.
 
     Args:
-        params: Real tensors, modified in place.
-        grads: Gradients, each of its parameter's shape; read only.
-        prevs: The previous gradients (0 where the next step must not adapt), modified in place.
-        step_sizes: The step sizes, in the parameters' unit; modified in place.
-        etaminus: Factor of a step size after a change of sign.
-        etaplus: Factor of a step size after two gradients of one sign.
-        step_size_min: Lower bound of every step size.
-        step_size_max: Upper bound of every step size.
-        weight_decay: This times the parameter is added to the gradient before its sign is taken.
-        maximize: Climb instead of descend.
-        forget: At a change of sign store 0 instead of the gradient, and make no ordinary move (variants.py).
-        take_back: Where so, undo the last move instead; a bool, or a bool tensor that broadcasts to every parameter.
-        differentiable: Keep what autograd needs to go back through this step.
+        params: Real parameters, modified in place.
+        grads: Gradients of the same shapes, read only.
+        prevs: Previous gradients, 0 where the step size must not adapt; modified in place.
+        step_sizes: Step sizes in the unit of the parameters, modified in place.
+        rule: Numbers and switches of the step.
         scratch: Memory for the intermediate results of large parameters.
+        differentiable: Keep what autograd needs to differentiate through the step.
 
     Returns:
-        A function that makes the move. All memory has been allocated before it is called, except where operations are
-        traced or simulated.
+        A function that makes the move. It allocates no memory, except where operations are traced or simulated.
     """
+    etaminus, etaplus, step_size_min, step_size_max, weight_decay, maximize, forget, take_back = rule
     names = ["sign", "size", "kept", "flipped", "mask"]
     if maximize or weight_decay != 0:
         names.append("gradient")
@@ -87,7 +116,7 @@ def update(
     fell = {p.device: ~take_back.to(p.device) for p in params} if isinstance(take_back, Tensor) else {}
 
     def compute(param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, space: Space) -> tuple[Tensor, ...]:
-        # the gradient of what is minimised (two roundings for the decay: a fused multiply-add would depend on the path)
+        # gradient to minimize (the decay rounds twice; a fused multiply-add would depend on the implementation)
         if maximize:
             grad = torch.neg(grad, out=space.gradient)
         if weight_decay != 0:
@@ -98,21 +127,21 @@ def update(
         agreement = torch.mul(sign, torch.sign(prev, out=space.size), out=space.size)
         flipped = torch.lt(agreement, 0, out=space.flipped)
 
-        # adapt the step size: 1 + etaplus * (-1, 0, 1), cut to [etaminus, etaplus], is (etaminus, 1, etaplus)
+        # adapt the step size: 1 + etaplus * (-1, 0, 1), clamped to [etaminus, etaplus], is (etaminus, 1, etaplus)
         factor = torch.mul(agreement, etaplus, out=space.size).add_(1).clamp_(etaminus, etaplus)
-        before = step_size.clone() if differentiable else step_size  # autograd keeps what it multiplied
+        before = step_size.clone() if differentiable else step_size  # autograd saves the factors of a product
         size = torch.mul(before, factor, out=space.size)
-        if size.dtype != step_size.dtype:  # a parameter that was given another dtype amid training
+        if size.dtype != step_size.dtype:  # the parameter's dtype changed during training
             size = size.to(step_size.dtype)
         size.clamp_(step_size_min, step_size_max)
 
-        # move; where the sign changed back by the last step size, or not at all
+        # move; at a flip move back by the last step size, or not at all
         distance = size if take_back is False else torch.where(flipped, step_size, size, out=space.distance)
         if forget and take_back is not True:
             stays = flipped if take_back is False else torch.logical_and(flipped, fell[param.device], out=space.mask)
             sign = sign.masked_fill(stays, 0) if keeps_sign else sign.masked_fill_(stays, 0)
 
-        # remember the gradient: 0 where the sign changed, the one before where this one is NaN
+        # store the gradient: 0 at a flip, the previous one where this one is NaN
         kept = torch.where(torch.ne(grad, grad, out=space.mask), prev, grad, out=space.kept)
         if forget:
             kept.masked_fill_(flipped, 0)
@@ -122,14 +151,8 @@ def update(
     early: list[tuple[Tensor, ...] | None] = [None] * len(rows)
     if not lazily:
         for i, row in enumerate(rows):
-            # operations with out= are for plain tensors of one dtype
-            if (
-                params[i].numel() > _FEW
-                and not differentiable
-                and PLAIN.issuperset(map(type, row))
-                and len({*map(_dtype, row)}) == 1
-            ):
-                reserve(scratch, params[i], names)
+            if not differentiable and is_sharable(row):
+                reserve(scratch, row[0], names)
             else:
                 early[i] = compute(*row, NEW)
 
@@ -144,3 +167,28 @@ def update(
             prev.copy_(kept)
 
     return move
+
+
+@lru_cache(maxsize=64)
+def rounded(dtype: torch.dtype, numbers: tuple[float, ...]) -> array[float]:
+    """Round the numbers of a rule as torch's operations on tensors of a dtype do, for custom kernels.
+
+    Factors and bounds become numbers of that dtype. The weight decay is a factor in torch's computation type, which is
+    float32 for float16 and bfloat16.
+
+    Args:
+        dtype: The parameters' dtype.
+        numbers: The first five fields of a :class:`Rule`.
+
+    Returns:
+        The numbers as C doubles; do not write to them.
+    """
+    *factors_and_bounds, weight_decay = numbers
+    decay_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    return array(
+        "d",
+        [
+            *torch.tensor(factors_and_bounds, dtype=dtype, device="cpu").tolist(),
+            torch.tensor(weight_decay, dtype=decay_dtype, device="cpu").item(),
+        ],
+    )

@@ -1,4 +1,4 @@
-"""Parameters that are spread over processes (DTensor): each process updates the part that it holds, and no other."""
+"""How tensors are stored: plain memory, or shards on several processes, each of which updates only its own shard."""
 
 from __future__ import annotations
 
@@ -7,34 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rprop.optim._fused import PLAIN
+from lightning_rprop._torch import FSDP_MARK
+
+# Types whose values are exactly what their memory holds.
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Tell a DTensor, without importing what it takes."""
+    """Return whether a tensor is a DTensor, without importing ``torch.distributed.tensor``."""
     return type(tensor) not in PLAIN and hasattr(tensor, "placements")
 
 
 def is_slice(param: Any) -> bool:
-    """Tell a parameter of which FullyShardedDataParallel leaves each process a slice, by the mark that torch sets."""
-    return hasattr(param, "_fsdp_flattened")
+    """Return whether a parameter belongs to FullyShardedDataParallel, which gives each process a slice of it."""
+    return hasattr(param, FSDP_MARK)
 
 
-@torch.no_grad()  # in which a part is the memory itself
+@torch.no_grad()  # so that the shard is not a copy tracked by autograd
 def local(tensor: Any) -> Any:
-    """Give the part of a DTensor that is here, and any other tensor as it is."""
+    """Return the local shard of a DTensor; other tensors are returned unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Any) -> Any:
-    """Give all of a DTensor, by a collective, and any other tensor as it is."""
+    """Gather a DTensor with a collective; other tensors are returned unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def aligned(grad: Any, param: Any) -> Any:
-    """Give a gradient the placement of its parameter, which it nearly always has.
+    """Return the gradient with its parameter's placement.
 
-    One that tensor parallelism left as partial sums is added up, by a collective, as it must be somewhere.
+    They nearly always agree. Partial sums, as tensor parallelism leaves them, are added up with a collective.
     """
     if is_sharded(grad) and is_sharded(param) and grad.placements != param.placements:
         return grad.redistribute(param.device_mesh, param.placements)
@@ -42,9 +45,14 @@ def aligned(grad: Any, param: Any) -> Any:
 
 
 def placed(value: Tensor, param: Tensor) -> Tensor:
-    """Give a state the placement of its parameter: one that was saved whole is cut, without communication."""
+    """Return a state tensor with its parameter's placement; a full tensor is cut without communication."""
     if is_sharded(param) and not is_sharded(value):
         from torch.distributed.tensor import distribute_tensor
 
         return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)  # type: ignore[attr-defined]
     return value
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a view of the tensor in which a complex number is two real ones."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

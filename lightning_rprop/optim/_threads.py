@@ -1,4 +1,4 @@
-"""Threads for kernels, which release the interpreter's lock and share out their work among themselves."""
+"""Threads for kernels that release the GIL and share the work among themselves."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 
 def run(kernel: Callable[..., None], threads: int, *needed: Any) -> None:
-    """Run a kernel on some threads at once, this one among them, and wait for them all.
+    """Run a kernel on several threads, including the calling one, and wait for all of them.
 
     Args:
-        kernel: is called with ``needed`` on each thread, and takes what work is left.
-        threads: how many at most; as many as can be had.
-        needed: what must live as long as a thread runs, whatever happens here.
+        kernel: Called with ``needed`` on each thread; processes whatever work is left.
+        threads: The maximum number of threads.
+        needed: Objects that must live as long as any thread runs, even if this call is interrupted.
     """
     if threads < 2:
         kernel(*needed)
         return
     helpers = []
     try:
-        with suppress(RuntimeError):  # no thread to be had, at the interpreter's end for one: this one does it all
+        with suppress(RuntimeError):  # cannot start a thread, for example at interpreter shutdown
             for _ in range(threads - 1):
                 helpers.append(_pool(threads - 1).submit(kernel, *needed))
         kernel(*needed)
@@ -33,10 +33,9 @@ def run(kernel: Callable[..., None], threads: int, *needed: Any) -> None:
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Give threads that stay for the process's life.
+    """Return a pool that lives as long as the process.
 
-    Threads of our own, as Numba's layers end the process when they are used from two threads (workqueue) or after a
-    fork (GNU OpenMP).
+    Numba's threading layers abort the process when used from two threads (workqueue) or after a fork (GNU OpenMP).
     """
     return ThreadPoolExecutor(threads, thread_name_prefix="rprop")
 

@@ -1,7 +1,6 @@
-"""The rules of ``update.py`` in one launch and one pass over memory for all tensors, on CUDA.
+"""The rules of ``_rule.py`` in one launch and one pass over memory for all tensors, on CUDA.
 
-Imported only where there are CUDA tensors, or where Triton's interpreter is asked for (TRITON_INTERPRET=1), which runs
-the kernel on tensors of the CPU.
+Imported only for CUDA tensors, or if TRITON_INTERPRET=1 asks Triton's interpreter to run the kernel on CPU tensors.
 """
 
 from __future__ import annotations
@@ -15,58 +14,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_rprop.optim._rounding import rounded
-from lightning_rprop.optim._scratch import Scratch
+from lightning_rprop.optim._rule import Rule, rounded
 
-# Elements that a program of the kernel moves, with eight warps: eight a thread.
+# Elements per program of the kernel: 8 per thread with 8 warps.
 _BLOCK = 2048
 
-# What is stored. Bfloat16 is converted bit by bit, as Triton's interpreter (3.7) cuts off where the hardware rounds.
+# Types in memory. Bfloat16 is converted by hand, because Triton's interpreter (3.7) truncates where hardware rounds.
 _STORED = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.uint16}
 
-# The kernel's tables by what they hold: memory is given anew from step to step, so that few are in use in a training.
+# The kernel's tables by content. Training reuses the same few addresses, hence few tables.
 _tables: dict[tuple[bytes, torch.device], Tensor] = {}
 _MOST_TABLES = 32
 
-# What captured graphs read, which may be replayed as long as the process lives; and memory for such, by its bytes.
+# Memory that captured graphs read, kept because they may be replayed at any time; and spare pinned memory by size.
 _captured: list[Tensor] = []
 _reserve: dict[int, Tensor] = {}
 
 
-def update_fused_cuda(
-    params: list[Tensor],
-    grads: list[Tensor],
-    prevs: list[Tensor],
-    step_sizes: list[Tensor],
-    *,
-    etaminus: float,
-    etaplus: float,
-    step_size_min: float,
-    step_size_max: float,
-    weight_decay: float,
-    maximize: bool,
-    forget: bool,
-    take_back: bool | Tensor,
-    differentiable: bool,
-    scratch: Scratch,
+def update_triton(
+    params: list[Tensor], grads: list[Tensor], prevs: list[Tensor], step_sizes: list[Tensor], rule: Rule
 ) -> Callable[[], None]:
     """Prepare one move of all tensors at once; arguments as in :func:`lightning_rprop.optim._rule.update`.
 
-    The tensors are such as ``fused.py`` lets pass, of one dtype and device. No memory of a tensor's size is allocated,
-    and nothing waits for the device.
+    The tensors have passed the checks of ``_dispatch.py`` and have one dtype and device. Nothing waits for the device.
 
     Returns:
-        A function that makes the move.
+        A function that makes the move. No memory of a tensor's size is allocated.
     """
-    del differentiable  # dispatch.py never sends a differentiable step here: autograd does not see what a kernel does
-    del scratch
-    needed = (params, grads, prevs, step_sizes)  # gradients may be copies that nothing else holds
-    device, dtype, rows = params[0].device, params[0].dtype, len(params)
+    needed = (params, grads, prevs, step_sizes)  # gradients may be copies that nothing else references
+    device, dtype, rows, take_back = params[0].device, params[0].dtype, len(params), rule.take_back
     addresses = array("q", list(map(Tensor.data_ptr, [*params, *grads, *prevs, *step_sizes])))
     sizes = list(map(Tensor.numel, params))
     blocks = list(accumulate((-(-size // _BLOCK) for size in sizes), initial=0))
-    numbers = rounded(dtype, etaminus, etaplus, step_size_min, step_size_max, weight_decay)
     if blocks[-1]:
+        numbers = rounded(dtype, rule[:5])
         contents = addresses.tobytes() + array("q", blocks[:-1] + sizes).tobytes() + numbers.tobytes()
         if isinstance(take_back, Tensor) and take_back.device != device:
             take_back = bool(take_back) if take_back.is_cpu else take_back.to(device)
@@ -85,53 +66,43 @@ def update_fused_cuda(
                     STORED=_STORED[dtype],
                     NUMBER=tl.float64 if dtype == torch.float64 else tl.float32,
                     ALIGNED=not any(address % 16 for address in addresses),
-                    DECAY=weight_decay != 0,
-                    MAXIMIZE=maximize,
-                    FORGET=forget,
+                    DECAY=rule.weight_decay != 0,
+                    MAXIMIZE=rule.maximize,
+                    FORGET=rule.forget,
                     TAKE_BACK=take_back is True,
                     num_warps=8,
                     enable_fp_fusion=False,  # a multiply-add rounds once where the other implementations round twice
                 )
-        torch.autograd.graph.increment_version(needed[0])  # as torch's own in-place operations tell autograd
+        torch.autograd.graph.increment_version(needed[0])  # as torch's own in-place operations do
 
     return move
 
 
 def try_out(dtype: torch.dtype, device: torch.device) -> None:
-    """Make a step with one element: Triton may be there without what it needs, a C compiler or a GPU that it knows.
+    """Make a step with one element, because Triton may be installed without a C compiler or for another GPU.
 
     Args:
         dtype: float64, float32, float16 or bfloat16.
-        device: where to make it.
+        device: Where to make the step.
 
     Raises:
         Exception: Whatever went wrong.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return  # a graph must not have it
-    update_fused_cuda(
-        *([torch.ones(1, dtype=dtype, device=device)] for _ in range(4)),
-        etaminus=0.5,
-        etaplus=1.2,
-        step_size_min=1e-6,
-        step_size_max=50,
-        weight_decay=0.0,
-        maximize=False,
-        forget=True,
-        take_back=False,
-        differentiable=False,
-        scratch={},
-    )()
+        return  # the step must not become part of the graph
+    params, grads, prevs, step_sizes = ([torch.ones(1, dtype=dtype, device=device)] for _ in range(4))
+    rule = Rule(0.5, 1.2, 1e-6, 50, weight_decay=0.0, maximize=False, forget=True, take_back=False)
+    update_triton(params, grads, prevs, step_sizes, rule)()
 
 
 def _table_on_device(contents: bytes, device: torch.device) -> Tensor:
-    """Give the kernel's table, which is copied only if none of the last steps had the same."""
+    """Return the kernel's table on the device; it is copied only if no recent step had the same content."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     table = _tables.get((contents, device))
     if table is None:
         host = torch.frombuffer(bytearray(contents), dtype=torch.int64)
         if device.type == "cuda":
-            # not waited for: pinned memory is given away again only when it has been copied
+            # no need to wait: torch reuses pinned memory only after the copy has finished
             host = _pinned(len(contents), capturing).copy_(host)
         table = torch.empty_like(host, device=device).copy_(host, non_blocking=True)
         if capturing:
@@ -146,7 +117,7 @@ def _table_on_device(contents: bytes, device: torch.device) -> Tensor:
 
 
 def _pinned(size: int, capturing: bool) -> Tensor:
-    """Give pinned memory, in a capture such as a step before set aside: to allocate it then may be forbidden."""
+    """Return pinned memory; during a capture, where allocating may be forbidden, what an earlier step set aside."""
     if capturing and size in _reserve:
         return _reserve.pop(size)
     if not capturing and size not in _reserve:
@@ -169,8 +140,8 @@ def _kernel(
     FORGET: tl.constexpr,
     TAKE_BACK: tl.constexpr,
 ):
-    # The table: for each row, which is a parameter, the addresses of its four tensors, its first block and its size;
-    # then the numbers of the rule. This block belongs to the last row that begins with it or before it.
+    # A row is a parameter. The table holds, for all rows, the addresses of params, grads, prevs and step sizes, the
+    # first block and the size; then the numbers of the rule. A block belongs to the last row that starts no later.
     block = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, ROWS)
     firsts = tl.load(table + 4 * rows + index, mask=index < rows, other=block + 1)
@@ -181,7 +152,7 @@ def _kernel(
     grads = tl.load(table + rows + row).to(tl.pointer_type(STORED))
     prevs = tl.load(table + 2 * rows + row).to(tl.pointer_type(STORED))
     step_sizes = tl.load(table + 3 * rows + row).to(tl.pointer_type(STORED))
-    if ALIGNED:  # as memory of torch's own is: then 16 bytes are loaded at once
+    if ALIGNED:  # like memory that torch allocates; allows loads of 16 bytes
         params = tl.multiple_of(params, (16,))
         grads = tl.multiple_of(grads, (16,))
         prevs = tl.multiple_of(prevs, (16,))
@@ -194,7 +165,7 @@ def _kernel(
     grads += offsets
     prevs += offsets
     step_sizes += offsets
-    if begin + BLOCK <= size:  # a mask keeps loads from being joined
+    if begin + BLOCK <= size:  # no mask, which would prevent wide loads
         _update(params, grads, prevs, step_sizes, None, numbers, take_back, STORED, NUMBER, DECAY, MAXIMIZE, FORGET)
     else:
         inside = offsets < size
@@ -225,9 +196,9 @@ def _update(
     prev = _widen(tl.load(prevs, mask=mask), NUMBER)
     step_size = _widen(tl.load(step_sizes, mask=mask), NUMBER)
 
-    # the gradient of what is minimised (two roundings for the decay, see enable_fp_fusion)
+    # gradient to minimize (the decay rounds twice, see enable_fp_fusion)
     if MAXIMIZE:
-        grad = grad * -1.0  # Triton's minus makes 0 of 0, not -0
+        grad = grad * -1.0  # in Triton, -x turns 0 into 0 instead of -0
     if DECAY:
         weight_decay = tl.load(numbers + 4).to(tl.float64, bitcast=True).to(NUMBER)
         decay = _widen(_narrow(param * weight_decay, STORED), NUMBER)
@@ -246,13 +217,13 @@ def _update(
     step_size = tl.where(step_size > step_size_max, step_size_max, step_size)
     tl.store(step_sizes, _narrow(step_size, STORED), mask=mask)
 
-    # move; where the sign changed back by the last step size, or not at all
+    # move; at a flip move back by the last step size, or not at all
     distance = tl.where(flipped & take_back, before, step_size)
     if FORGET:
         sign = tl.where(flipped & (take_back == 0), 0.0, sign)
     tl.store(params, _narrow(param - sign * distance, STORED), mask=mask)
 
-    # remember the gradient: 0 where the sign changed, the one before where this one is NaN
+    # store the gradient: 0 at a flip, the previous one where this one is NaN
     grad = tl.where(grad == grad, grad, prev)
     if FORGET:
         grad = tl.where(flipped, 0.0, grad)
@@ -261,7 +232,7 @@ def _update(
 
 @triton.jit
 def _widen(stored, NUMBER: tl.constexpr):
-    """Bring what is stored to the type that torch calculates with: float32 for the halves."""
+    """Convert to the type that torch computes in, which is float32 for float16 and bfloat16."""
     if stored.dtype == tl.uint16:
         number = (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -271,7 +242,7 @@ def _widen(stored, NUMBER: tl.constexpr):
 
 @triton.jit
 def _narrow(number, STORED: tl.constexpr):
-    """Round to what is stored."""
+    """Round to the type in memory."""
     if STORED == tl.uint16:
         bits = number.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

@@ -1,10 +1,11 @@
-"""The optimizer class: checks, state, gathering and ``step``; the rule itself stands in ``update.py``."""
+"""The optimizer class and, as in ``torch.optim``, its functional form; the rules are in ``_rule.py``."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -13,70 +14,77 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_rprop._torch import is_true
-from lightning_rprop.optim._checks import check_state, check_step, name_of
-from lightning_rprop.optim._closure import evaluate_anew
-from lightning_rprop.optim._dispatch import check_fused, check_parameter
-from lightning_rprop.optim._functional import prepare, prepare_with_autograd, rprop
-from lightning_rprop.optim._options import (
+from lightning_rprop._torch import is_transformed, is_true, is_watched
+from lightning_rprop.optim._checks import (
     LATER_OPTIONS,
     check_dtypes,
     check_options,
+    check_state,
+    check_step,
     differences,
     initial_step_size,
+    name_of,
 )
+from lightning_rprop.optim._closure import evaluate_checked
+from lightning_rprop.optim._compiled import prepare_compiled
+from lightning_rprop.optim._dispatch import check_fused, check_parameter, prepare
+from lightning_rprop.optim._rule import AT_FLIP, Rule, Variant
 from lightning_rprop.optim._scratch import Scratch
 from lightning_rprop.optim._sharding import local, placed, whole
-from lightning_rprop.optim._variants import AT_FLIP, Variant
 
 __all__ = ["Rprop", "rprop"]
+
+_ONE = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 
 class Rprop(Optimizer):
     """Resilient backpropagation: every weight has its own step size, and only the sign of its gradient counts.
 
-    A drop-in for :class:`torch.optim.Rprop`: the same arguments, state and checkpoints, and the same result to the last
-    bit wherever the product of two gradients, which torch takes to compare their signs, neither underflows nor is NaN.
-    The default rule is iRprop- (Igel and Huesken 2003), which is what torch's code does;
-    ``lightning_rprop/optim/_rule.py`` spells out all four.
+    A drop-in replacement for :class:`torch.optim.Rprop` with the same arguments, state and checkpoints. Results are
+    equal bit for bit, except where torch's product of two gradients underflows or is NaN: torch multiplies gradients to
+    compare their signs. The default rule is iRprop- (Igel and Huesken 2003), which is also what torch implements;
+    ``lightning_rprop/optim/_rule.py`` defines all four.
 
-    Rprop is made for gradients of the whole data set: the noise of small batches changes their signs.
+    Rprop needs gradients of the whole data set, because the noise of small batches changes their signs.
 
     Args:
-        params: Parameters to optimize, or dicts that define parameter groups, or ``(name, parameter)`` pairs. Dense, of
-            any shape, memory format and floating-point or complex dtype; a complex weight is two real ones.
-        lr: Initial step size of every weight, in the weights' unit; a number, or a tensor of one element. Read when a
-            parameter gets its first gradient, hence a learning rate scheduler has no effect on it afterwards.
-        etas: Pair (etaminus, etaplus): the factor of a step size after a change of sign, and after two equal signs.
-        step_sizes: Pair (min, max): the bounds of every step size, in the weights' unit.
-        variant: Rule of the family, ``"irprop-"``, ``"irprop+"``, ``"rprop-"`` or ``"rprop+"``: what a weight does when
-            its gradient changes sign. It stays (irprop-); it takes back its last move if the loss rose, else stays
-            (irprop+, which needs the loss, see :meth:`step`); it moves on (rprop-); it takes back its move (rprop+).
-        weight_decay: This times the weight is added to its gradient before the sign is taken (coupled, L2).
-        max_iter: How often one ``step(closure)`` evaluates the closure and moves, as in :class:`torch.optim.LBFGS`; one
-            value for all groups. More than 1 spares a training loop's work between steps; the closure must zero the
-            gradients, which excludes gradient accumulation and ``torch.amp.GradScaler``.
+        params: Parameters to optimize, dicts that define parameter groups, or ``(name, parameter)`` pairs. They must be
+            dense; any shape, memory format and floating-point or complex dtype is supported. A complex weight is
+            treated as two real ones.
+        lr: Initial step size of every weight, in the unit of the weights: a number or a tensor of one element. It is
+            read when a parameter gets its first gradient, so a learning rate scheduler has no effect afterwards.
+        etas: Pair (etaminus, etaplus): the factors of a step size after a sign change and after two equal signs.
+        step_sizes: Pair (min, max): bounds of every step size, in the unit of the weights.
+        variant: Rule of the family: ``"irprop-"``, ``"irprop+"``, ``"rprop-"`` or ``"rprop+"``. They differ in what a
+            weight does when its gradient changes sign: it stays (irprop-); it takes back its last move if the loss
+            rose, else stays (irprop+, which needs the loss, see :meth:`step`); it moves on (rprop-); it takes back its
+            last move (rprop+).
+        weight_decay: Factor of the weight that is added to its gradient before the sign is taken (coupled, L2).
+        max_iter: How often one ``step(closure)`` evaluates the closure and moves, as in :class:`torch.optim.LBFGS`; the
+            same for all groups. Values above 1 save the training loop's work between steps. The closure must then zero
+            the gradients, which rules out gradient accumulation and ``torch.amp.GradScaler``.
         maximize: Whether to maximize the objective instead of minimizing it.
-        foreach: Whether to use the foreach implementation; ``None`` uses it for plain tensors on accelerators that no
-            fused kernel serves.
-        fused: Whether to use the fused kernels, which go over memory once, in one call for all tensors: on the CPU by
-            Numba, on CUDA by Triton; float64, float32, bfloat16, float16 and complex, dense tensors of any memory
-            format that their gradients share. ``None`` uses them wherever they serve, unless ``foreach`` is given;
-            ``True`` demands it. All implementations give the same result to the last bit.
+        foreach: Whether to use the foreach implementation. ``None`` uses it for plain tensors on accelerators that no
+            fused kernel supports.
+        fused: Whether to use the fused kernels, which read and write memory once, in one call for all tensors: Numba
+            kernels on the CPU, Triton kernels on CUDA. They support float64, float32, bfloat16, float16 and complex
+            dtypes, and dense tensors of any memory format that their gradients share. ``None`` uses them where
+            supported unless ``foreach`` is given; ``True`` requires them. All implementations give the same bits.
         capturable: Whether a step may be captured in a CUDA graph; the parameters must be on an accelerator.
-        differentiable: Whether autograd goes through the step. Over several steps the forward pass must use clones of
-            the parameters, as with the optimizers of ``torch.optim``: a step changes the parameters in place.
+        differentiable: Whether autograd can differentiate through the step. Because a step changes the parameters in
+            place, several steps need a forward pass on clones of the parameters, as with ``torch.optim``.
 
     Attributes:
-        shared_loss: Whether the loss that a step gets is the same number on every process, ``False`` at first. With
-            several processes irprop+ demands it, because replicas that compare their own losses drift apart.
-            :class:`lightning_rprop.FullBatch` sets it for the duration of a fit; set it yourself where you reduce the
-            loss over the processes. It is not part of ``state_dict()``.
+        shared_loss: Whether every process passes the same loss to a step (default: ``False``). With several processes
+            irprop+ requires it, because replicas that compare different losses diverge.
+            :class:`lightning_rprop.FullBatch` sets it during a fit; set it yourself if you reduce the loss over the
+            processes. It is not part of ``state_dict()``.
 
     Raises:
-        ValueError: If an argument is out of its range, also in a parameter group of its own.
-        TypeError: If an argument has the wrong type, or a parameter cannot be updated: an expanded tensor, or float8.
-        RuntimeError: If ``fused=True`` and no fused kernel serves a parameter, also at a step.
+        ValueError: If a value is out of range, also in a parameter group.
+        TypeError: If an argument has the wrong type, or a parameter cannot be updated, such as an expanded tensor or
+            one of a float8 dtype.
+        RuntimeError: If ``fused=True`` and no fused kernel supports a parameter; also raised by a step.
 
     Example:
         >>> import torch
@@ -92,8 +100,8 @@ class Rprop(Optimizer):
         tensor([ 0.7800, -1.7800], requires_grad=True)
     """
 
-    shared_loss: bool = False  # of the class, for optimizers that were pickled before it existed
-    _unmoved: set[Tensor]  # parameters whose state was made by a step that moved nothing
+    shared_loss: bool = False  # a class attribute, for optimizers pickled before it existed
+    _unmoved: set[Tensor]  # parameters whose state was created by a step that moved nothing
 
     def __init__(
         self,
@@ -128,31 +136,31 @@ class Rprop(Optimizer):
         super().__init__(params, check_options(options))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, whose own options are checked like the constructor's.
+        """Add a parameter group; its options are checked like the constructor's.
 
         Args:
             param_group: ``"params"`` and any options that differ from the optimizer's; unknown keys are kept.
 
         Raises:
-            ValueError: As the constructor, or as ``torch.optim.Optimizer.add_param_group``; nothing is added then.
+            ValueError: Like the constructor and ``torch.optim.Optimizer.add_param_group``; nothing is added.
             TypeError: Likewise.
         """
         if isinstance(param_group, dict):
             params = param_group["params"]
-            if not isinstance(params, set):  # which torch refuses below
-                params = [params] if isinstance(params, Tensor) else list(params)  # an iterator can be read once only
+            if not isinstance(params, set):  # torch rejects sets below
+                params = [params] if isinstance(params, Tensor) else list(params)  # keep what an iterator yields
             options = check_options({**self.defaults, **param_group, "params": params})
             if self.param_groups and options["max_iter"] != self.param_groups[0]["max_iter"]:
                 raise ValueError(
                     f"max_iter must be the same in all parameter groups, got {options['max_iter']} after "
-                    f"{self.param_groups[0]['max_iter']}: give it to the optimizer alone"
+                    f"{self.param_groups[0]['max_iter']}. Pass it to the optimizer, not to a group."
                 )
             named = [
                 (repr(p[0]), p[1]) if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in enumerate(params)
             ]
             named = [(name, p) for name, p in named if isinstance(p, Tensor)]
             for name, param in named:
-                if param.requires_grad:  # others may be passed: without a gradient they are left alone
+                if param.requires_grad:  # others are checked at a step if they have a gradient
                     check_parameter(name, param)
             check_dtypes(options, named)
             if options["fused"]:
@@ -161,29 +169,29 @@ class Rprop(Optimizer):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle or a copy of the optimizer holds."""
+        """Return the state for pickling and copying."""
         self._set_initial_step_sizes()
         return {**super().__getstate__(), "shared_loss": self.shared_loss}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a pickled optimizer or a loaded state, ours or ``torch.optim.Rprop``'s, once it is checked."""
+        """Check and set the state of a pickle or a checkpoint, from this class or ``torch.optim.Rprop``."""
         state = dict(state)
         is_pickled = "defaults" in state
         if is_pickled:
             state["defaults"] = check_options({**LATER_OPTIONS, **state["defaults"]})
-        # what the saved groups do not say stays as this optimizer's user asked
+        # options that the saved groups lack keep this optimizer's values
         own = self.__dict__.get("param_groups") or [LATER_OPTIONS] * len(state["param_groups"])
         for i, (group, own_group) in enumerate(zip(state["param_groups"], own, strict=True)):
             if absent := {"lr", "etas", "step_sizes"} - group.keys():
                 raise ValueError(
-                    f"parameter group {i} of the state has no {', '.join(sorted(absent))}: it was not saved by Rprop"
+                    f"Parameter group {i} of the state has no {', '.join(sorted(absent))}. Load a state saved by Rprop."
                 )
             group.update(check_options({name: own_group[name] for name in LATER_OPTIONS} | group))
             named = [(name_of(group, j), param) for j, param in enumerate(group["params"])]
             check_dtypes(group, named)
             for name, param in named:
                 if param_state := state["state"].get(param):
-                    if is_pickled:  # a state_dict was checked before torch converted it
+                    if is_pickled:  # load_state_dict checks before torch converts the state
                         check_state(name, param, param_state)
                     for key in ("prev", "step_size"):
                         param_state[key] = placed(param_state[key], param)
@@ -193,27 +201,26 @@ class Rprop(Optimizer):
         self._unmoved = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as a dict, as in torch."""
+        """Return the state as a dict, like ``torch.optim.Optimizer.state_dict``."""
         self._set_initial_step_sizes()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of ``torch.optim.Rprop``; options that it does not hold stay as they are.
+        """Load a state of this class or of ``torch.optim.Rprop``.
 
-        As in torch, the options in the state replace those that the optimizer was constructed with. Where these differ
-        in what a step does, and the optimizer has made no step yet, a warning names them.
+        As in torch, options in the state replace those of the constructor; options that it lacks are kept. If the
+        optimizer has made no step yet, a warning names each replaced option that changes what a step does.
 
         Args:
-            state_dict: What ``state_dict()`` returned; its tensors are copied.
+            state_dict: The result of ``state_dict()``; its tensors are copied.
 
         Raises:
-            ValueError: If the state does not fit, naming the first parameter that it does not fit; nothing is changed
-                then.
+            ValueError: If the state does not fit a parameter, which the message names; nothing is changed.
         """
         losses: list[tuple[Tensor, Tensor]] = []
 
         def copy_and_check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            # torch hands on the given tensors themselves where dtype and device agree: a later step would write to them
+            # torch does not copy tensors whose dtype and device fit, so later steps would change the caller's tensors
             copies = {
                 key: {name: v.clone() if isinstance(v, Tensor) else v for name, v in value.items()}
                 if isinstance(value, dict)
@@ -227,30 +234,29 @@ class Rprop(Optimizer):
                         losses.append((param, state["prev_loss"]))
             return {**state_dict, "state": copies}
 
-        is_fresh = all(param in self._unmoved for param in self.state)  # else it may go back to where it was
+        is_fresh = all(param in self._unmoved for param in self.state)  # else this may restore an earlier state
         own = [dict(group) for group in self.param_groups]
-        last = self.register_load_state_dict_pre_hook(copy_and_check)  # sees what the user's hooks made
+        last = self.register_load_state_dict_pre_hook(copy_and_check)  # runs after the user's hooks
         try:
             super().load_state_dict(state_dict)
         finally:
             last.remove()
-        # torch casts all but "step" to the parameter's dtype, in which a loss would lose its digits
+        # torch casts all but "step" to the parameter's dtype, which would round the loss
         for param, loss in losses:
             self.state[param]["prev_loss"] = loss.to(param.device)
         if is_fresh and (found := differences(own, self.param_groups)):
             is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
             if is_first:
                 warnings.warn(
-                    f"The loaded state brings other options than this optimizer had, and they are in force: "
-                    f"{'; '.join(found)}. To go on with your own, set them in optimizer.param_groups after loading; lr "
-                    "is only the first step size of a parameter that has no state yet.",
+                    f"The loaded state replaced options of this optimizer: {'; '.join(found)}. To keep your own, set "
+                    "them in optimizer.param_groups after loading; lr only affects parameters that have no state yet.",
                     stacklevel=2,
                 )
 
     def _matched(self, saved_groups: list[dict[str, Any]]) -> Iterator[tuple[Any, str, Tensor]]:
-        """Iterate over the keys of saved parameters, with name and parameter of this optimizer's."""
-        for saved, group in zip(saved_groups, self.param_groups, strict=False):  # torch refuses other numbers
-            if "etas" in saved:  # else __setstate__ refuses another optimizer's group
+        """Iterate over saved parameters: their keys, and the matching names and parameters of this optimizer."""
+        for saved, group in zip(saved_groups, self.param_groups, strict=False):  # torch rejects different lengths
+            if "etas" in saved:  # else __setstate__ rejects the group as another optimizer's
                 for i, (key, param) in enumerate(zip(saved["params"], group["params"], strict=False)):
                     yield key, name_of(group, i), param
 
@@ -266,27 +272,27 @@ class Rprop(Optimizer):
     def step(
         self, closure: Callable[[], float | Tensor] | None = None, *, loss: float | Tensor | None = None
     ) -> float | Tensor | None:
-        """Make a step, or ``max_iter`` of them, with all parameters that have a gradient.
+        """Make one step, or ``max_iter`` of them, with all parameters that have a gradient.
 
-        The step by which ``torch.distributed.checkpoint`` makes the state of a fresh optimizer (the first one, with lr
-        0 and gradients of 0, without a closure or a loss) makes state and nothing else: it is not counted, and the
-        first real step begins with ``lr``.
+        ``torch.distributed.checkpoint`` creates the state of a fresh optimizer by a first step with lr 0, gradients of
+        0, no closure and no loss. Such a step only creates state. It is not counted, and the next step starts with
+        ``lr``.
 
         Args:
-            closure: Zeroes the gradients, evaluates the model again, calls ``backward`` and returns the loss.
-            loss: The loss that the gradients are of, for loops that call ``backward`` themselves; a tensor of one
-                element is not brought to the host. Only iRprop+ looks at it, and prefers it to the closure's.
+            closure: Zeroes the gradients, evaluates the model, calls ``backward`` and returns the loss.
+            loss: The loss of the current gradients, for loops that call ``backward`` themselves. A tensor must have one
+                element and is not copied to the host. Only irprop+ uses it, in preference to the closure's loss.
 
         Returns:
-            What the closure returned first, ``None`` without one.
+            The result of the first closure call, or ``None`` without a closure.
 
         Raises:
-            RuntimeError: If a gradient is sparse, if ``fused=True`` and no fused kernel serves a parameter, if the step
-                cannot be captured in a graph, if iRprop+ got no loss, or its own loss on each of several processes (see
-                ``shared_loss``), if ``max_iter`` is more than 1 and the closure is missing or does not zero the
-                gradients, or if memory runs out; nothing has moved then.
-            TypeError: If a parameter with a gradient cannot be updated; nothing has moved then.
-            ValueError: If iRprop+ got something else than one number; nothing has moved then.
+            RuntimeError: If a gradient is sparse; if ``fused=True`` and no fused kernel supports a parameter; if the
+                step cannot be captured in a graph; if irprop+ got no loss, or a different loss on each process (see
+                ``shared_loss``); if ``max_iter`` is more than 1 and the closure is missing or does not zero the
+                gradients; or if memory runs out. No parameter has moved then.
+            TypeError: If a parameter with a gradient cannot be updated. No parameter has moved then.
+            ValueError: If irprop+ got anything other than one number. No parameter has moved then.
         """
         max_iter = self.param_groups[0]["max_iter"]
         if closure is None and loss is None and not torch.compiler.is_compiling() and _makes_state(self):
@@ -294,14 +300,14 @@ class Rprop(Optimizer):
             return None
         if max_iter > 1 and (closure is None or loss is not None):
             raise RuntimeError(
-                f"max_iter={max_iter} evaluates a closure that often: call step(closure), without loss=. "
-                "Where no closure comes through, as under torch.amp.GradScaler, use max_iter=1"
+                f"max_iter={max_iter} evaluates a closure several times. Call step(closure) without loss=, or use "
+                "max_iter=1 if the closure cannot be passed, as with torch.amp.GradScaler."
             )
         if closure is None:
             self._move(loss)
             return None
         with torch.enable_grad():
-            first = closure() if max_iter == 1 else evaluate_anew(closure, self.param_groups)
+            first = closure() if max_iter == 1 else evaluate_checked(closure, self.param_groups)
         self._move(first if loss is None else loss)
         for _ in range(max_iter - 1):
             with torch.enable_grad():
@@ -310,60 +316,54 @@ class Rprop(Optimizer):
         return first
 
     def _make_state(self) -> None:
-        """Make the state that a first step would make, with a place for the loss, and move nothing."""
+        """Create the state that a first step would create, including the loss of irprop+, and move nothing."""
         for group in self.param_groups:
             self._init_group(group, [], [], [], [], [])
             if AT_FLIP[group["variant"]].take_back is None:
-                _, keep_loss = self._compare(group, math.nan)  # which counts as the worst
+                _, keep_loss = self._compare(group, math.nan)  # counts as the worst loss
                 keep_loss()
         self._unmoved.update(self.state)
 
     def _move(self, loss: float | Tensor | None) -> None:
-        """Move every parameter that has a gradient, once; or none, if that fails."""
-        check_step(self.param_groups, self.state, loss, self.shared_loss)
+        """Move every parameter that has a gradient once, or none if that fails."""
+        at_flips = [AT_FLIP[group["variant"]] for group in self.param_groups]
+        check_step(self.param_groups, at_flips, self.state, loss, self.shared_loss)
         moves: list[Callable[[], None]] = []
         scratch: Scratch = {}
-        with torch.set_grad_enabled(False):  # half the time of no_grad()
-            for group in self.param_groups:
+        with torch.set_grad_enabled(False):  # takes half the time of no_grad()
+            for i, group in enumerate(self.param_groups):
+                forget, take_back = at_flips[i]
                 params: list[Tensor] = []
                 grads: list[Tensor] = []
                 prevs: list[Tensor] = []
                 step_sizes: list[Tensor] = []
                 state_steps: list[Tensor] = []
                 self._init_group(group, params, grads, prevs, step_sizes, state_steps)
-                etaminus, etaplus = group["etas"]
-                step_size_min, step_size_max = group["step_sizes"]
-                loss_rose: bool | Tensor = False
-                if AT_FLIP[group["variant"]].take_back is None:
-                    loss_rose, keep_loss = self._compare(group, loss)
+                when: bool | Tensor | None = take_back
+                if when is None:
+                    when, keep_loss = self._compare(group, loss)
                     moves.append(keep_loss)
-                moves += (prepare_with_autograd if group["differentiable"] else prepare)(
+                numbers = (*group["etas"], *group["step_sizes"], group["weight_decay"])
+                moves += (_prepare_with_autograd if group["differentiable"] else _prepare)(
                     params,
                     grads,
                     prevs,
                     step_sizes,
                     state_steps,
+                    Rule._make((*numbers, group["maximize"], forget, when)),
                     foreach=group["foreach"],
                     fused=group["fused"],
-                    maximize=group["maximize"],
                     differentiable=group["differentiable"],
-                    step_size_min=step_size_min,
-                    step_size_max=step_size_max,
-                    etaminus=etaminus,
-                    etaplus=etaplus,
-                    weight_decay=group["weight_decay"],
-                    variant=group["variant"],
-                    loss_rose=loss_rose,
                     scratch=scratch,
                 )
-            for move in moves:  # all that can fail has been done
+            for move in moves:  # everything that can fail has been done
                 move()
 
     def _compare(self, group: dict[str, Any], loss: float | Tensor | None) -> tuple[bool | Tensor, Callable[[], None]]:
-        """Return whether the loss is worse than at the call before, and a function that keeps it for the call after.
+        """Return whether the loss is worse than at the previous call, and a function that stores it for the next call.
 
-        All on the loss's device. NaN counts as the worst of all losses, and so does an infinite one. It is kept as
-        "prev_loss" in the state of each parameter, one tensor for all of them: so it travels in every checkpoint.
+        Everything stays on the loss's device. NaN and infinite losses count as the worst. The loss is stored as
+        "prev_loss" in the state of each parameter, one tensor shared by all, so that every checkpoint contains it.
         """
         states = [self.state[p] for p in group["params"] if p in self.state]
         if loss is None or not states:
@@ -376,7 +376,8 @@ class Rprop(Optimizer):
         rose = (now < before if group["maximize"] else now > before) | (now == worst)
 
         def keep() -> None:
-            kept = before.copy_(now) if before.dtype == now.dtype else now  # in place: a captured graph has its address
+            # in place, because a captured graph has its address
+            kept = before.copy_(now) if before.dtype == now.dtype else now
             for state in states:
                 state["prev_loss"] = kept
 
@@ -391,31 +392,30 @@ class Rprop(Optimizer):
         step_sizes: list[Tensor],
         state_steps: list[Tensor],
     ) -> None:
-        """Fill the lists, and make the state of parameters that have none yet.
+        """Fill the lists, and create the state of parameters that have none yet.
 
-        The name and the empty lists are a protocol: torch.compile runs this method of an optimizer once, eagerly, and
-        traces only what follows (torch/_dynamo/variables/optimizer.py).
+        The name and the empty lists are required by torch.compile, which runs this method once eagerly and traces only
+        what follows (torch/_dynamo/variables/optimizer.py).
         """
-        unmoved = self._unmoved
+        states, unmoved = self.state, self._unmoved
         for p in group["params"]:
             grad = p.grad
             if grad is None:
                 continue
             if unmoved and p in unmoved:
-                _set_step_size(self.state[p], group)
+                _set_step_size(states[p], group)
                 unmoved.remove(p)
-            state = self.state.get(p)
+            state = states.get(p)
             if state is None or "step_size" not in state:
-                check_parameter(next(name_of(group, i) for i, q in enumerate(group["params"]) if q is p), p)
-                new = _new_state(p, group)  # all of it or nothing, if memory runs out
-                state = self.state[p]
+                check_parameter(_name_in(group, p), p)
+                new = _new_state(p, group)  # complete before it is stored, in case memory runs out
+                state = states[p]
                 state.update(new)
-            prev = state["prev"]
-            if prev.shape != p.shape or grad.shape != p.shape:
+            prev, shape = state["prev"], p.shape
+            if prev.shape != shape or grad.shape != shape:
                 raise RuntimeError(
-                    f"{next(name_of(group, i) for i, q in enumerate(group['params']) if q is p)} has the shape "
-                    f"{tuple(p.shape)}, its gradient {tuple(grad.shape)}, and its state {tuple(prev.shape)}: after "
-                    "changing a parameter's shape, make a new optimizer"
+                    f"{_name_in(group, p)} has the shape {tuple(shape)}, its gradient {tuple(grad.shape)}, and its "
+                    f"state {tuple(prev.shape)}. After changing a parameter's shape, create a new optimizer."
                 )
             params.append(p)
             grads.append(grad)
@@ -424,17 +424,142 @@ class Rprop(Optimizer):
             state_steps.append(state["step"])
 
     def _set_initial_step_sizes(self) -> None:
-        """Set the step sizes of parameters that have state but have not moved to what lr is now."""
+        """Set the step sizes of parameters that have state but have not moved yet to the current lr."""
         for group in self.param_groups:
             for p in self._unmoved.intersection(group["params"]):
                 _set_step_size(self.state[p], group)
 
 
-def _makes_state(optimizer: Optimizer) -> bool:
-    """Return whether this is the step by which torch.distributed.checkpoint makes state, to load into it.
+def rprop(
+    params: list[Tensor],
+    grads: list[Tensor],
+    prevs: list[Tensor],
+    step_sizes: list[Tensor],
+    state_steps: list[Tensor],
+    foreach: bool | None = None,
+    capturable: bool = False,
+    maximize: bool = False,
+    differentiable: bool = False,
+    has_complex: bool = False,
+    *,
+    fused: bool | None = None,
+    step_size_min: float,
+    step_size_max: float,
+    etaminus: float,
+    etaplus: float,
+    weight_decay: float = 0.0,
+    variant: str = "irprop-",
+    loss_rose: bool | Tensor = False,
+) -> None:
+    r"""Make one step of Rprop with the given tensors; a drop-in replacement for ``torch.optim.rprop.rprop``.
 
-    It is the first one, with lr 0 and gradients of 0, and without a closure or a loss.
+    Call it under ``torch.no_grad()`` if parameters require grad, as with the functions of ``torch.optim``. Unlike
+    :class:`lightning_rprop.Rprop`, it does not check its arguments.
+
+    Args:
+        params: The parameters, real or complex, of any shape and memory format; modified in place.
+        grads: Their gradients, of the same shapes; read only.
+        prevs: The previous gradients, zeros at first; modified in place.
+        step_sizes: The step size of every weight, in the unit of the parameters; modified in place. A complex one holds
+            the step sizes of the real and the imaginary part, which are treated as two weights.
+        state_steps: One counter (a tensor of one element) for each parameter; modified in place.
+        foreach: Whether to use the foreach implementation. ``None`` uses it on accelerators, for parameters that no
+            fused kernel supports (default: ``None``).
+        capturable: Ignored, because the operations are the same in a graph (default: ``False``).
+        maximize: Whether to maximize instead of minimize (default: ``False``).
+        differentiable: Whether autograd can differentiate through the step (default: ``False``).
+        has_complex: Ignored, because complex tensors are recognized by their dtype (default: ``False``).
+        fused: Whether to use a fused kernel. ``None`` uses it where supported unless ``foreach`` is given; ``True``
+            requires it (default: ``None``).
+        step_size_min: Lower bound of the step sizes.
+        step_size_max: Upper bound of the step sizes.
+        etaminus: Factor of a step size after a sign change.
+        etaplus: Factor of a step size after two equal signs.
+        weight_decay: Factor of the parameter that is added to its gradient (default: 0).
+        variant: The rule: ``"irprop-"``, ``"irprop+"``, ``"rprop-"`` or ``"rprop+"`` (default: ``"irprop-"``).
+        loss_rose: For ``"irprop+"``, whether the loss is worse than at the previous call: a bool, or a bool tensor that
+            broadcasts to every parameter (default: ``False``).
+
+    Raises:
+        RuntimeError: If ``state_steps`` holds anything other than tensors, or if ``fused=True`` and no fused kernel
+            supports one of the parameters.
     """
+    if set(map(type, state_steps)) != {Tensor} and not all(isinstance(step, Tensor) for step in state_steps):
+        raise RuntimeError("API has changed, `state_steps` argument must contain a list of singleton tensors")
+    forget, take_back = AT_FLIP[variant]
+    rose = loss_rose if take_back is None else take_back
+    moves = _prepare(
+        params,
+        grads,
+        prevs,
+        step_sizes,
+        state_steps,
+        Rule(etaminus, etaplus, step_size_min, step_size_max, weight_decay, maximize, forget, rose),
+        foreach=foreach,
+        fused=fused,
+        differentiable=differentiable,
+        scratch={},
+    )
+    for move in moves:
+        move()
+
+
+def _prepare(
+    params: list[Tensor],
+    grads: list[Tensor],
+    prevs: list[Tensor],
+    step_sizes: list[Tensor],
+    state_steps: list[Tensor],
+    rule: Rule,
+    *,
+    foreach: bool | None,
+    fused: bool | None,
+    differentiable: bool,
+    scratch: Scratch,
+) -> list[Callable[[], None]]:
+    """Return functions that make a step. Everything that can fail, such as allocating memory, is done here."""
+    if not params:
+        return []
+    if torch.compiler.is_compiling():
+        moves = prepare_compiled(params, grads, prevs, step_sizes, rule, differentiable=differentiable)
+    else:
+        moves = prepare(
+            params,
+            grads,
+            prevs,
+            step_sizes,
+            rule,
+            foreach=foreach,
+            fused=fused,
+            scratch=scratch,
+            differentiable=differentiable,
+        )
+    return [partial(_count, state_steps), *moves]
+
+
+def _prepare_with_autograd(*args: Any, **kwargs: Any) -> list[Callable[[], None]]:
+    """Prepare a step that autograd can differentiate through, whatever the current grad mode."""
+    with torch.enable_grad():
+        return [torch.enable_grad()(move) for move in _prepare(*args, **kwargs)]
+
+
+def _count(steps: list[Tensor]) -> None:
+    """Add 1 to the step counters."""
+    first = steps[0]
+    if type(first) is not Tensor or torch.compiler.is_compiling() or is_watched():
+        torch._foreach_add_(steps, 1)
+    elif is_transformed():  # torch.func has no rules for foreach operations
+        for step in steps:
+            step.add_(1)
+    elif first.is_cpu and first.dtype in _ONE:
+        # adding a Python number would convert it to a tensor for each counter, which takes seven times as long
+        torch._foreach_add_(steps, _ONE[first.dtype], alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1)
+
+
+def _makes_state(optimizer: Optimizer) -> bool:
+    """Return whether this is the step by which torch.distributed.checkpoint creates state, see :meth:`Rprop.step`."""
     groups = optimizer.param_groups
     return (
         not optimizer.state
@@ -449,7 +574,7 @@ def _makes_state(optimizer: Optimizer) -> bool:
 
 
 def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """Make the state of a parameter, like it in device, memory format and sharding."""
+    """Create the state of a parameter, with its device, memory format and sharding."""
     state = {
         "step": _counter(param, group["capturable"]),
         "prev": torch.zeros_like(param, memory_format=torch.preserve_format),
@@ -466,11 +591,15 @@ def _set_step_size(state: dict[str, Tensor], group: dict[str, Any]) -> None:
 
 
 def _counter(param: Tensor, capturable: bool) -> Tensor:
-    """Make the step counter of a parameter: on its device only for graphs, as there it costs a launch."""
+    """Create a step counter, on the CPU unless it must be part of a graph, because elsewhere it costs a launch."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return torch.zeros((), dtype=dtype, device=param.device if capturable else "cpu")
 
 
-# Other packages write the name of the class into their files: it is the public one. The doctest is found all the same.
+def _name_in(group: dict[str, Any], param: Tensor) -> str:
+    return next(name_of(group, i) for i, p in enumerate(group["params"]) if p is param)
+
+
+# Pickles and config files name the class by its public path; doctest would then skip it without __test__.
 Rprop.__module__ = "lightning_rprop"
 __test__ = {"Rprop": Rprop}

@@ -58,7 +58,7 @@ BATCH_SIZE_FINDERS = [
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:The loaded state brings other options")  # lr_find restores the first lr
+@pytest.mark.filterwarnings("ignore:The loaded state replaced options")  # lr_find restores the first lr
 @pytest.mark.parametrize("tune", [*LR_FINDERS, *BATCH_SIZE_FINDERS])
 def test_remedy_for_tuners_works(tune, tmp_path):
     with pytest.raises(RuntimeError, match=re.escape(REMEDY)):

@@ -10,12 +10,7 @@ from pathlib import Path
 
 from cases import INTERPRETED, PATHS
 
-from lightning_rprop.optim import _dispatch as dispatch
-from lightning_rprop.optim import _foreach as foreach
-from lightning_rprop.optim import _fused as fused
-from lightning_rprop.optim import _machine_code as machine_code
-from lightning_rprop.optim import _numba as fused_cpu
-from lightning_rprop.optim import _rule as update
+from lightning_rprop.optim import _dispatch, _foreach, _machine_code, _numba, _rule
 
 if INTERPRETED:
     from lightning_rprop.optim import _triton as fused_kernel
@@ -23,7 +18,7 @@ else:
     from lightning_rprop.optim import _numba_kernel as fused_kernel
 
 # Where the rule is written, and the argument that chooses it.
-IMPLEMENTATIONS = dict(zip((update, foreach, fused_kernel), PATHS.values(), strict=True))
+IMPLEMENTATIONS = dict(zip((_rule, _foreach, fused_kernel), PATHS.values(), strict=True))
 
 _FOLDER = tempfile.TemporaryDirectory()
 
@@ -47,20 +42,20 @@ def mutated(module, *edits):
 def put_mutant_in(monkeypatch, module, *edits):
     """Let the optimizer use a wrong implementation."""
     mutant = mutated(module, *edits)
-    if module is update:
-        monkeypatch.setattr(dispatch, "update", mutant.update)
-    elif module is foreach:
-        monkeypatch.setattr(dispatch, "update_foreach", mutant.update_foreach)
+    if module is _rule:
+        monkeypatch.setattr(_dispatch, "update", mutant.update)
+    elif module is _foreach:
+        monkeypatch.setattr(_dispatch, "update_foreach", mutant.update_foreach)
     elif not INTERPRETED:
 
         @cache
         def load_kernel(dtype):
             name = str(dtype).removeprefix("torch.")
             source = inspect.getsource(module) + str(edits) + name
-            return fused_cpu.PROTOTYPE(machine_code.load("mutant", source, lambda: mutant.compile_kernel(name)))
+            return _numba.PROTOTYPE(_machine_code.load("mutant", source, lambda: mutant.compile_kernel(name)))
 
-        monkeypatch.setattr(fused_cpu, "load_kernel", load_kernel)
+        monkeypatch.setattr(_numba, "load_kernel", load_kernel)
     else:
-        monkeypatch.setattr(module, "update_fused_cuda", mutant.update_fused_cuda)
-        fused._load.cache_clear()
-        monkeypatch.setattr(fused, "_load", cache(fused._load.__wrapped__))
+        monkeypatch.setattr(module, "update_triton", mutant.update_triton)
+        _dispatch._load.cache_clear()
+        monkeypatch.setattr(_dispatch, "_load", cache(_dispatch._load.__wrapped__))

@@ -11,8 +11,8 @@ import pytest
 import lightning_rprop
 from lightning_rprop import FullBatch, FullBatchConf, Rprop, RpropConf, StepSizeMonitor, StepSizeMonitorConf
 from lightning_rprop.config import CONFIGS, Variant
-from lightning_rprop.optim._variants import AT_FLIP
-from lightning_rprop.optim._variants import Variant as VariantName
+from lightning_rprop.optim._rule import AT_FLIP
+from lightning_rprop.optim._rule import Variant as VariantName
 
 PAIRS = pytest.mark.parametrize(
     ("cls", "conf"), [(Rprop, RpropConf), (StepSizeMonitor, StepSizeMonitorConf), (FullBatch, FullBatchConf)]

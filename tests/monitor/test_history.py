@@ -55,7 +55,7 @@ def test_mid_epoch_resume_keeps_full_record(tmp_path):
     assert fit(tmp_path / "step=2.ckpt") == whole
 
 
-@pytest.mark.filterwarnings("ignore:The loaded state brings other options")
+@pytest.mark.filterwarnings("ignore:The loaded state replaced options")
 def test_record_uses_bounds_in_force(tmp_path):
     """Those loaded from a checkpoint, and those changed during the run."""
 

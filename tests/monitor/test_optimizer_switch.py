@@ -125,7 +125,7 @@ def test_replaced_parameter_is_noticed(tmp_path):
         assert metrics == pytest.approx(truth.expected(step, bounds=OLD, parameters=["net.2.bias"]), rel=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:The loaded state brings other options")
+@pytest.mark.filterwarnings("ignore:The loaded state replaced options")
 def test_gradients_of_replaced_rprop_are_dropped(tmp_path):
     """Replace the optimizer between a step and its record, which then has no gradient statistics."""
     stepped = []

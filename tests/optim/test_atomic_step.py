@@ -10,7 +10,7 @@ from programs import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim import _rule as update
+from lightning_rprop.optim import _scratch
 
 PATHS = [{"fused": False}, {"foreach": True}]
 OPTIONS = [{}, {"variant": "irprop+", "weight_decay": 0.1}, {"variant": "rprop+", "maximize": True}]
@@ -96,7 +96,7 @@ def test_failed_first_step_leaves_loadable_state(path):
 def test_shared_memory_gives_the_same_bits(options, dtype, monkeypatch):
     results = []
     for few in (0, 1 << 20):
-        monkeypatch.setattr(update, "_FEW", few)
+        monkeypatch.setattr(_scratch, "_FEW", few)
         params, _ = make({})
         params = [p.detach().to(dtype).requires_grad_() for p in params]
         optimizer = Rprop(params, fused=False, **options)

@@ -7,7 +7,7 @@ import torch
 from cases import assert_same, gradients, run
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim._variants import AT_FLIP
+from lightning_rprop.optim._rule import AT_FLIP
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 

@@ -149,7 +149,9 @@ def test_fused_true_on_meta_then_materialised():
     for i, real in enumerate((torch.ones(3), gaps)):
         optimizer.param_groups[0]["params"][i] = torch.nn.Parameter(real)
         optimizer.param_groups[0]["params"][i].grad = torch.ones_like(real)
-    with pytest.raises(RuntimeError, match=r"fused=True, but no fused kernel serves parameter 1: .* differ in strides"):
+    with pytest.raises(
+        RuntimeError, match=r"fused=True, but no fused kernel supports parameter 1: .* differ in strides"
+    ):
         optimizer.step()  # checked here
     optimizer.param_groups[0]["params"].pop()
     optimizer.step()

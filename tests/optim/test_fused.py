@@ -16,19 +16,17 @@ from mutation import fused_kernel, put_mutant_in
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim import _dispatch as dispatch
-from lightning_rprop.optim import _fused as fused
-from lightning_rprop.optim import rprop
-from lightning_rprop.optim._variants import AT_FLIP
+from lightning_rprop.optim import _dispatch, rprop
+from lightning_rprop.optim._rule import AT_FLIP
 
 if INTERPRETED:
     from lightning_rprop.optim import _triton as module
 
-    PIECE, KERNEL = "_BLOCK", "update_fused_cuda"
+    PIECE, KERNEL = "_BLOCK", "update_triton"
 else:
     from lightning_rprop.optim import _numba as module
 
-    PIECE, KERNEL = "_CHUNK", "update_fused_cpu"
+    PIECE, KERNEL = "_CHUNK", "update_numba"
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 
@@ -57,15 +55,15 @@ def chosen(monkeypatch):
 
         monkeypatch.setattr(place, name, counting)
 
-    count(dispatch, "update")
-    count(dispatch, "update_foreach")
+    count(_dispatch, "update")
+    count(_dispatch, "update_foreach")
     count(module, KERNEL)
-    fused._load.cache_clear()
+    _dispatch._load.cache_clear()
     for dtype in DTYPES[:4]:
-        fused._load(torch.device("cpu"), dtype)  # which tries Triton's kernel out
+        _dispatch._load(torch.device("cpu"), dtype)  # which tries Triton's kernel out
     calls.clear()
     yield calls
-    fused._load.cache_clear()
+    _dispatch._load.cache_clear()
 
 
 def dense(dtype):
@@ -191,7 +189,9 @@ def test_fused_true_demands(make, reason):
     if reason is None:
         Rprop([first, second], fused=True).step()
         return
-    with pytest.raises(RuntimeError, match=f"fused=True, but no fused kernel serves 'second': .*{reason}.* fused=None"):
+    with pytest.raises(
+        RuntimeError, match=f"fused=True, but no fused kernel supports 'second': .*{reason}.* fused=None"
+    ):
         # what the parameter alone does not show comes out at the step
         Rprop([{"params": [("first", first)]}, {"params": [("second", second)]}], fused=True).step()
     assert torch.equal(second, before)
@@ -201,10 +201,12 @@ def test_fused_true_demands(make, reason):
 def test_fused_true_refuses_what_cannot_be_served_when_it_is_given():
     gaps = torch.randn(6, 8)[:, ::2].detach().requires_grad_()
     good = torch.zeros(3, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"serves parameter 1: its memory has gaps or overlaps: .* strides \(8, 2\)"):
+    with pytest.raises(
+        RuntimeError, match=r"supports parameter 1: its memory has gaps or overlaps: .* strides \(8, 2\)"
+    ):
         Rprop([good, gaps], fused=True)
     optimizer = Rprop([good], fused=True)
-    with pytest.raises(RuntimeError, match="serves parameter 0: its memory has gaps"):
+    with pytest.raises(RuntimeError, match="supports parameter 0: its memory has gaps"):
         optimizer.add_param_group({"params": [gaps]})
     assert len(optimizer.param_groups) == 1
 
@@ -215,7 +217,7 @@ def test_fused_true_with_state_of_another_dtype_changes_nothing():
     steps(optimizer, list(net.parameters()), 2, seed=1)
     net.bfloat16()
     before, state = [p.detach().clone() for p in net.parameters()], copy.deepcopy(optimizer.state_dict()["state"])
-    with pytest.raises(RuntimeError, match=r"serves 'weight': .* differ in dtype: torch.bfloat16, .*, torch.float32"):
+    with pytest.raises(RuntimeError, match=r"supports 'weight': .* differ in dtype: torch.bfloat16, .*, torch.float32"):
         steps(optimizer, list(net.parameters()), 1, seed=2)
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
     assert all(torch.equal(state[i][key], optimizer.state_dict()["state"][i][key]) for i in state for key in state[i])
@@ -226,7 +228,7 @@ def test_functional_form_demands_too():
     numbers = {"step_size_min": 1e-6, "step_size_max": 50, "etaminus": 0.5, "etaplus": 1.2}
     lists = [[torch.zeros(3, 2), p], [torch.ones(3, 2), g], [torch.zeros(3, 2), p], [torch.ones(3, 2), p]]
     counters = [torch.zeros(()), torch.zeros(())]
-    with pytest.raises(RuntimeError, match=r"fused=True, but no fused kernel serves parameter 1: .* strides"):
+    with pytest.raises(RuntimeError, match=r"fused=True, but no fused kernel supports parameter 1: .* strides"):
         rprop(*lists, counters, fused=True, **numbers)
     assert counters == [0, 0]
     assert torch.equal(lists[0][0], p)

@@ -14,19 +14,27 @@ from lightning_rprop import Rprop
 
 # What a damaged or foreign state holds, and what the error says.
 DAMAGE = {
-    "prev_loss-number": ("prev_loss", 0.5, "its prev_loss is 0.5, not a tensor of one real number"),
-    "prev_loss-text": ("prev_loss", "low", "its prev_loss is 'low', not a tensor of one real number"),
+    "prev_loss-number": ("prev_loss", 0.5, "its prev_loss is 0.5, not a tensor with one real number"),
+    "prev_loss-text": ("prev_loss", "low", "its prev_loss is 'low', not a tensor with one real number"),
     "prev_loss-none": ("prev_loss", None, "its prev_loss is None, not a tensor"),
-    "prev_loss-size": ("prev_loss", torch.ones(2), r"its prev_loss is torch.float32 \(2,\), not a tensor of one"),
-    "prev_loss-complex": ("prev_loss", torch.tensor(1j), r"its prev_loss is torch.complex64 \(\), not a tensor of one"),
-    "step-text": ("step", "3", "its step is '3', not a tensor of one real number"),
+    "prev_loss-size": ("prev_loss", torch.ones(2), r"its prev_loss is torch.float32 \(2,\), not a tensor with one"),
+    "prev_loss-complex": (
+        "prev_loss",
+        torch.tensor(1j),
+        r"its prev_loss is torch.complex64 \(\), not a tensor with one",
+    ),
+    "step-text": ("step", "3", "its step is '3', not a tensor with one real number"),
     "step-none": ("step", None, "its step is None, not a tensor"),
-    "step-size": ("step", torch.ones(2), r"its step is torch.float32 \(2,\), not a tensor of one"),
-    "prev-list": ("prev", [1.0, 2.0], r"its prev is \[1.0, 2.0\], the parameter is torch.float32 \(2,\): was"),
-    "prev-complex": ("prev", torch.ones(2) * 1j, r"its prev is torch.complex64 \(2,\), the parameter is torch.float32"),
-    "prev-int": ("prev", torch.ones(2, dtype=torch.int64), r"its prev is torch.int64 \(2,\), the parameter is"),
-    "step_size-bool": ("step_size", torch.ones(2) > 0, r"its step_size is torch.bool \(2,\), the parameter is"),
-    "step_size-number": ("step_size", 0.01, "its step_size is 0.01, the parameter is"),
+    "step-size": ("step", torch.ones(2), r"its step is torch.float32 \(2,\), not a tensor with one"),
+    "prev-list": ("prev", [1.0, 2.0], r"its prev is \[1.0, 2.0\], but the parameter is torch.float32 \(2,\). Check"),
+    "prev-complex": (
+        "prev",
+        torch.ones(2) * 1j,
+        r"its prev is torch.complex64 \(2,\), but the parameter is torch.float32",
+    ),
+    "prev-int": ("prev", torch.ones(2, dtype=torch.int64), r"its prev is torch.int64 \(2,\), but the parameter is"),
+    "step_size-bool": ("step_size", torch.ones(2) > 0, r"its step_size is torch.bool \(2,\), but the parameter is"),
+    "step_size-number": ("step_size", 0.01, "its step_size is 0.01, but the parameter is"),
     "step_size-negative": ("step_size", torch.tensor([0.1, -0.1]), "its step_size has NaN or negative elements"),
     "step_size-nan": ("step_size", torch.tensor([0.1, torch.nan]), "its step_size has NaN or negative elements"),
 }
@@ -44,7 +52,7 @@ def test_damaged_state_changes_nothing(key, value, message, steps):
     params = [torch.ones(2, requires_grad=True) for _ in range(2)]
     optimizer = run(Rprop, params, steps).optimizer
     before = pickle.dumps((optimizer.param_groups, dict(optimizer.state)))
-    with pytest.raises(ValueError, match=f"the state of parameter 1 does not fit: {message}"):
+    with pytest.raises(ValueError, match=f"The state of parameter 1 does not fit: {message}"):
         optimizer.load_state_dict(state)
     assert pickle.dumps((optimizer.param_groups, dict(optimizer.state))) == before
 
@@ -52,7 +60,7 @@ def test_damaged_state_changes_nothing(key, value, message, steps):
 def test_state_that_is_no_dict_changes_nothing():
     state = saved()
     state["state"][1] = [1.0]
-    with pytest.raises(ValueError, match=r"the state of parameter 1 is \[1.0\], not a dict"):
+    with pytest.raises(ValueError, match=r"The state of parameter 1 is \[1.0\], not a dict"):
         Rprop([torch.ones(2, requires_grad=True) for _ in range(2)]).load_state_dict(state)
 
 
@@ -90,7 +98,7 @@ def test_other_option_is_named_once_and_remedy_works(name):
     theirs, ours, text = OTHER[name]
     state, optimizer = saved(**{name: theirs}), fresh(**{name: ours})
     asked = optimizer.param_groups[0][name]
-    words = f"brings other options than this optimizer had, and they are in force: {re.escape(text)}. To "
+    words = f"replaced options of this optimizer: {re.escape(text)}. To keep "
     with pytest.warns(UserWarning, match=words) as caught:
         optimizer.load_state_dict(state)
     assert len(caught) == 1
@@ -104,7 +112,7 @@ def test_groups_are_compared_one_by_one():
     groups = [{"params": torch.ones(2, requires_grad=True), "lr": lr} for lr in (0.1, 0.2, 0.3)]
     state = Rprop(groups, variant="rprop-").state_dict()
     groups = [{"params": torch.ones(2, requires_grad=True), "lr": lr} for lr in (0.1, 0.5, 0.3)]
-    with pytest.warns(UserWarning, match="in force: in parameter group 1 lr is 0.2, not 0.5. To") as caught:
+    with pytest.warns(UserWarning, match="optimizer: in parameter group 1 lr is 0.2, not 0.5. To") as caught:
         Rprop(groups, variant="rprop-").load_state_dict(state)
     assert len(caught) == 1
 

@@ -110,7 +110,11 @@ def test_a_parameter_in_two_groups():
 
 
 UNUSABLE = {
-    "float8": (lambda: torch.ones(2).to(torch.float8_e4m3fn), TypeError, "its dtype is torch.float8_e4m3fn. Make it"),
+    "float8": (
+        lambda: torch.ones(2).to(torch.float8_e4m3fn),
+        TypeError,
+        "its dtype is torch.float8_e4m3fn. Convert it",
+    ),
     "expanded": (lambda: torch.ones(1, 1).expand(1, 3), ValueError, r"elements share memory, .* strides are \(1, 0\)"),
 }
 
@@ -129,7 +133,7 @@ def test_unusable_parameter_is_refused_when_given(make, exception, message):
 
 # What cannot require a gradient, but have one.
 WITH_GRADIENT = UNUSABLE | {
-    "int": (lambda: torch.ones(2, dtype=torch.int64), TypeError, "its dtype is torch.int64. Make it float64, ")
+    "int": (lambda: torch.ones(2, dtype=torch.int64), TypeError, "its dtype is torch.int64. Convert it to float64, ")
 }
 
 

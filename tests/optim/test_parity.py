@@ -9,9 +9,7 @@ from cases import DTYPES, INTERPRETED, PATHS, SHARED, assert_same, gradients, pa
 from mutation import IMPLEMENTATIONS, fused_kernel, put_mutant_in
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim import _foreach as foreach
-from lightning_rprop.optim import _rule as update
-from lightning_rprop.optim import rprop
+from lightning_rprop.optim import _foreach, _rule, rprop
 
 BY_PATH = pytest.mark.parametrize("use_foreach", PATHS.values(), ids=PATHS)
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
@@ -34,7 +32,7 @@ def test_equals_torch(dtype, kwargs, use_foreach):
 
 # The ways in which public implementations go wrong: what to change in the source, and to what.
 MUTANTS = {
-    update: {
+    _rule: {
         "no zeroing after a flip": ("        if forget:\n            kept", "        if False:\n            kept"),
         "moves at a flip": ("if forget and take_back is not True:", "if False:"),
         "one step stale": ("sign = torch.sign(grad, out", "sign = torch.sign(prev, out"),
@@ -52,7 +50,7 @@ MUTANTS = {
         "no lower bound": (".clamp_(step_size_min, step_size_max)", ".clamp_(max=step_size_max)"),
         "maximize forgotten": ("if maximize:", "if False:"),
     },
-    foreach: {
+    _foreach: {
         "no zeroing after a flip": ("    if forget:\n        for grad", "    if False:\n        for grad"),
         "moves at a flip": ("if forget and take_back is not True:", "if False:"),
         "one step stale": ("signs = list(torch._foreach_sign(grads))", "signs = list(torch._foreach_sign(prevs))"),

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim._variants import AT_FLIP
+from lightning_rprop.optim._rule import AT_FLIP
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),

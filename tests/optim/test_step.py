@@ -123,7 +123,7 @@ def test_sparse_gradient_is_refused_before_anything_moves(foreach):
     optimizer = Rprop([{"params": params[:1]}, {"params": params[1:]}], foreach=foreach)
     for p, g in zip(params, (torch.ones(2, 2), torch.ones(2, 2), torch.eye(2).to_sparse()), strict=True):
         p.grad = g
-    with pytest.raises(RuntimeError, match="Rprop does not support sparse gradients: that of parameter 1 is torch"):
+    with pytest.raises(RuntimeError, match="Rprop does not support sparse gradients, but that of parameter 1 is torch"):
         optimizer.step()
     assert all(torch.equal(p, torch.ones(2, 2)) for p in params)
     assert not optimizer.state
@@ -225,7 +225,7 @@ def test_cuda_graph_capture():
     optimizer, eager = Rprop(params, capturable=True), Rprop(plain)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")  # torch warns of an empty graph
-        with pytest.raises(RuntimeError, match="pass capturable=True"):
+        with pytest.raises(RuntimeError, match="Construct Rprop with capturable=True"):
             refused.step()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -19,7 +19,7 @@ def test_changed_shape_is_refused_before_anything_moves(shapes, options):
     before = first.detach().clone()
     changed.data = torch.ones(shapes[1])
     changed.grad = torch.ones(shapes[1])
-    with pytest.raises(RuntimeError, match=r"parameter 1 has the shape .* make a new optimizer"):
+    with pytest.raises(RuntimeError, match=r"parameter 1 has the shape .* create a new optimizer"):
         optimizer.step()
     assert torch.equal(first, before)
     assert [state["step"].item() for state in optimizer.state.values()] == [1, 1]

@@ -33,15 +33,15 @@ def test_under_the_interpreter():
 LAUNCHES = """
 import torch
 from lightning_rprop import Rprop
-from lightning_rprop.optim import _triton as fused_cuda
+from lightning_rprop.optim import _triton
 
 launches = []
-kernel = fused_cuda._kernel
+kernel = _triton._kernel
 class Counting:
     def __getitem__(self, grid):
         launches.append(grid)
         return kernel[grid]
-fused_cuda._kernel = Counting()
+_triton._kernel = Counting()
 params = [torch.zeros(3, dtype=dtype, requires_grad=True) for dtype in [torch.float32, torch.float64] * 10]
 grads = [[torch.ones_like(p) for p in params] for _ in range(2)]
 optimizer = Rprop(params, fused=True)
@@ -49,9 +49,9 @@ for which in (0, 1, 0, 1, 0):
     for p, g in zip(params, grads[which]):
         p.grad = g
     launches.clear()
-    tables = dict(fused_cuda._tables)
+    tables = dict(_triton._tables)
     optimizer.step()
-    print(len(launches), len(fused_cuda._tables.keys() - tables.keys()))
+    print(len(launches), len(_triton._tables.keys() - tables.keys()))
 """
 
 
@@ -72,12 +72,12 @@ def test_compiles_for_a_gpu(dtype, take_back):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lightning_rprop.optim import _triton as fused_cuda
+    from lightning_rprop.optim import _triton
 
     fixed = {
         "ROWS": 256,
-        "BLOCK": fused_cuda._BLOCK,
-        "STORED": fused_cuda._STORED[dtype],
+        "BLOCK": _triton._BLOCK,
+        "STORED": _triton._STORED[dtype],
         "NUMBER": tl.float64 if dtype == torch.float64 else tl.float32,
         "ALIGNED": True,
         "DECAY": True,
@@ -87,7 +87,7 @@ def test_compiles_for_a_gpu(dtype, take_back):
     }
     types = {"table": "*i64", "rows": "i32", "take_back_at": take_back} | dict.fromkeys(fixed, "constexpr")
     values = fixed if take_back != "constexpr" else {**fixed, "take_back_at": None}
-    source = ASTSource(fused_cuda._kernel, types, constexprs=values, attrs={(0,): [["tt.divisibility", 16]]})
+    source = ASTSource(_triton._kernel, types, constexprs=values, attrs={(0,): [["tt.divisibility", 16]]})
     kernel = compile(source, GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False})
     text = kernel.asm["ptx"]
     assert kernel.asm["cubin"]

@@ -10,23 +10,21 @@ from cases import gradients
 from programs import run
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim import _machine_code as machine_code
-from lightning_rprop.optim import _numba as fused_cpu
-from lightning_rprop.optim import _threads as kernel_threads
+from lightning_rprop.optim import _machine_code, _numba, _threads
 
-LARGE = 4 * fused_cpu._CHUNK
+LARGE = 4 * _numba._CHUNK
 
 # A process of its own: one step, or several, and what is asked of it then.
 STEP = """
 import sys, torch
 from lightning_rprop import Rprop
-from lightning_rprop.optim._fused import fused_update
+from lightning_rprop.optim._dispatch import fused_for
 param = torch.nn.Parameter(torch.zeros(10))
 param.grad = torch.ones(10)
 optimizer = Rprop([param])
 optimizer.step()
 assert param.tolist() == [-torch.tensor(0.01).item()] * 10
-fused = not isinstance(fused_update(*[param.detach()] * 4, False), str)
+fused = not isinstance(fused_for(*[param.detach()] * 4, False), str)
 print("fused" if fused else "plain", "compiled" if "numba" in sys.modules else "loaded")
 """
 
@@ -56,8 +54,8 @@ def threads():
 def test_as_many_threads_as_the_work_is_worth_and_torch_allows(sizes, allowed, expected, threads, monkeypatch):
     torch.set_num_threads(allowed)
     asked = []
-    pool = kernel_threads._pool
-    monkeypatch.setattr(kernel_threads, "_pool", lambda helpers: asked.append(helpers) or pool(helpers))
+    pool = _threads._pool
+    monkeypatch.setattr(_threads, "_pool", lambda helpers: asked.append(helpers) or pool(helpers))
     params = [torch.zeros(size, requires_grad=True) for size in sizes]
     optimizer = Rprop(params, fused=True)
     for p in params:
@@ -221,8 +219,8 @@ def test_file_of_another_kernel_is_not_loaded(tmp_path):
 def test_code_without_the_function_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     module = 'define void @"other"() { ret void }'
-    with pytest.raises(RuntimeError, match="the compiled code has no function rprop_missing"):
-        machine_code.load("rprop_missing", "source", lambda: ("rprop_missing", module))
+    with pytest.raises(RuntimeError, match="The compiled code has no function rprop_missing"):
+        _machine_code.load("rprop_missing", "source", lambda: ("rprop_missing", module))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
@@ -251,7 +249,7 @@ def test_no_home(tmp_path):
 
 
 def test_the_package_folder_is_not_written_to(tmp_path):
-    folder = Path(fused_cpu.__file__).parent
+    folder = Path(_numba.__file__).parent
 
     def files():
         return {file for file in folder.rglob("*") if "__pycache__" not in file.parts}
@@ -301,22 +299,20 @@ def test_missing_compiler_is_told_once_and_done_without(missing, tmp_path):
     """As if it were not installed: everything works as before, and fused=True says why it does not."""
     program = WITHOUT.replace("MISSING", repr(missing))
     error, warning = python(program, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
-    assert error.startswith("fused=True, but no fused kernel serves parameter 0: its compiler cannot be imported: ")
+    assert error.startswith("fused=True, but no fused kernel supports parameter 0: its compiler cannot be imported: ")
     assert missing in error
-    assert warning.startswith(
-        "1 Rprop works without its fused kernel, which is faster, because its compiler cannot be "
-    )
+    assert warning.startswith("1 Rprop cannot use its faster fused kernel, because the compiler cannot be imported: ")
     assert missing in warning
-    assert warning.endswith("or silence this with fused=False.")
+    assert warning.endswith("or set fused=False to silence this warning.")
 
 
 def test_a_compiler_that_fails_is_told_once_and_done_without(tmp_path):
     program = """
 import warnings
-from lightning_rprop.optim import _machine_code as machine_code
+from lightning_rprop.optim import _machine_code
 def fail(*_):
     raise OSError("no compiler today")
-machine_code.load = fail
+_machine_code.load = fail
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
 """ + "\n".join("    " + line for line in STEP.strip().splitlines())
@@ -326,10 +322,8 @@ print(len(caught), caught[0].message)
 """
     first, second = python(program, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
     assert first == "plain loaded"
-    assert second.startswith(
-        "1 Rprop works without its fused kernel for torch.float32 on cpu, which is faster: OSError"
-    )
-    assert second.endswith("no compiler today'). Silence this with fused=False")
+    assert second.startswith("1 Rprop cannot use its faster fused kernel for torch.float32 on cpu: OSError")
+    assert second.endswith("no compiler today'). Set fused=False to silence this warning.")
 
 
 # -------------------------------------------------------------------------------------------------------- memory
