@@ -298,7 +298,11 @@ def test_samplers_that_do(make):
         (((),), ValueError, "data has no tensor in it"),
         ((TensorDataset(X[:0]),), ValueError, "data has no samples"),
         ((iter([X]),), ValueError, "list_iterator, which can be read once only"),
-        ((DataLoader(TEN), 5), ValueError, "micro_batch_size=5 beside a DataLoader.*set the DataLoader's batch_size"),
+        (
+            (DataLoader(TEN), 5),
+            ValueError,
+            "micro_batch_size=5 cannot be used with a DataLoader.*set the DataLoader's batch_size",
+        ),
         (("digits.csv",), TypeError, "data must be a tensor.*got str"),
         ((3,), TypeError, "got int"),
     ],
@@ -314,5 +318,5 @@ def test_an_iterable_of_batches_takes_no_size():
             return iter([X])
 
     assert [m.size for m in FullBatchLoader(Batches()).micro_batches()] == [10]
-    with pytest.raises(ValueError, match="micro_batch_size=5 beside an iterable of ready batches"):
+    with pytest.raises(ValueError, match="micro_batch_size=5 cannot be used with an iterable of ready batches"):
         FullBatchLoader(Batches(), 5)

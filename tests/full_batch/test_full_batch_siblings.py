@@ -131,7 +131,7 @@ class WithMask:
 
 
 def test_tensor_beside_the_fields_is_refused():
-    with pytest.raises(TypeError, match=r"data.mask is a tensor beside the fields of WithMask: make it a field"):
+    with pytest.raises(TypeError, match=r"data.mask is a tensor but not a field of WithMask: make it a field"):
         FullBatchLoader(WithMask(X), 7)
 
 
