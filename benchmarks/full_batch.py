@@ -182,7 +182,7 @@ def rows(folder: str) -> dict[str, Row]:
 
 
 def medians(row: Row, folder: str, seconds: float) -> tuple[float, float]:
-    """Alternate both programs, for about so many seconds each; return the medians of their milliseconds per step."""
+    """Alternate both programs, for about ``seconds`` each; return the medians of their milliseconds per step."""
     programs = (row.ours, row.peer)
     steps = [max(40, int(1e3 * seconds / 8 / program(folder, 40))) for program in programs]
     times: list[list[float]] = [[], []]

@@ -133,10 +133,10 @@ def overridden_backward_methods(trainer: pl.Trainer) -> list[str]:
     owners = (trainer.precision_plugin, trainer.strategy)
     names = ("pre_backward", "post_backward")
     methods = [getattr(owner, name) for owner in owners for name in names] + [trainer.strategy.backward]
-    return [getattr(method, "__qualname__", repr(method)) for method in methods if not is_lightnings(method)]
+    return [getattr(method, "__qualname__", repr(method)) for method in methods if not is_from_lightning(method)]
 
 
-def is_lightnings(hook: Any) -> bool:
+def is_from_lightning(hook: Any) -> bool:
     """Return whether a hook is defined by ``lightning`` or ``pytorch_lightning``."""
     return getattr(hook, "__module__", "").startswith(_PACKAGES)
 
@@ -144,7 +144,7 @@ def is_lightnings(hook: Any) -> bool:
 def _is_default(hook: Any) -> bool:
     """Return whether a hook is a no-op or Lightning's default."""
     owner = getattr(hook, "__qualname__", "").rpartition(".")[0]
-    return owner in _DEFAULT_OWNERS and is_lightnings(hook)
+    return owner in _DEFAULT_OWNERS and is_from_lightning(hook)
 
 
 def before_batch_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:

@@ -38,7 +38,7 @@ def leaves(path: str, data: Any) -> Iterator[tuple[str, Any]]:
         names = {field.name for field in dataclasses.fields(data)}
         attributes = getattr(data, "__dict__", {}).items()
         if more := [name for name, value in attributes if isinstance(value, Tensor) and name not in names]:
-            raise TypeError(f"{path}.{more[0]} is a tensor beside the fields of {type(data).__name__}: make it a field")
+            raise TypeError(f"{path}.{more[0]} is a tensor but not a field of {type(data).__name__}: make it a field")
         for field in dataclasses.fields(data):
             yield from leaves(f"{path}.{field.name}", getattr(data, field.name))
     else:

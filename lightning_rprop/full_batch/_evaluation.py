@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_rprop._lightning import (
     before_batch_transfer,
-    is_lightnings,
+    is_from_lightning,
     overridden_hooks,
     run_hook,
     run_module_hook,
@@ -80,7 +80,7 @@ class Evaluation:
         self.loader = loader
         owners = [self.pl_module, *([self.trainer.datamodule] if self.trainer.datamodule is not None else [])]  # type: ignore[attr-defined]
         self._needs_transfer = not loader._is_on(self.trainer.strategy.root_device) or any(
-            not is_lightnings(getattr(owner, hook)) for owner in owners for hook in _TRANSFER_HOOKS
+            not is_from_lightning(getattr(owner, hook)) for owner in owners for hook in _TRANSFER_HOOKS
         )
         known = None if self.weight is not None else loader.num_samples
         self._total: float | None = None if known is None else float(known)
@@ -213,7 +213,7 @@ class Evaluation:
     def _backward(self, loss: Tensor, factor: float, optimizer: Optimizer) -> None:
         if factor == 0 and self.trainer.world_size == 1:
             return
-        if factor == 0 and not loss.requires_grad:  # the other ranks wait for a backward pass nevertheless
+        if factor == 0 and not loss.requires_grad:  # the other ranks still wait for a backward pass
             loss = sum((param.sum() for param in self.pl_module.parameters() if param.requires_grad), loss)
         if self.scaler is not None:
             loss = self.scaler.scale(loss)

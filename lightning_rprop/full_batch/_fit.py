@@ -44,7 +44,7 @@ class Fit:
         self._checks_noise = True
 
     def start_epoch(self) -> None:
-        """Look for new submodules and hooks."""
+        """Find new submodules and overridden hooks."""
         self._buffers.find()
         self.evaluation.find_hooks()
 

@@ -106,7 +106,7 @@ class HeldPart:
         self._watched = [leaf for leaf in (*self._held.leaves.values(), *copies) if isinstance(leaf, Tensor)]
 
     def begin_pass(self) -> bool:
-        """Take over what was written to the data since the last pass; return whether older micro-batches are stale."""
+        """Refresh the share if the data were written to since the last pass; return whether they were."""
         if [*map(_version, self._watched)] == self._versions:
             return False
         self._take()

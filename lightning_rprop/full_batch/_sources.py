@@ -30,8 +30,8 @@ def make_source(data: Any, micro_batch_size: int | None) -> Held | Streamed:
     if isinstance(data, DataLoader):
         if micro_batch_size is not None:
             raise ValueError(
-                f"micro_batch_size={micro_batch_size} beside a DataLoader, whose batches are the micro-batches: "
-                "leave it None and set the DataLoader's batch_size"
+                f"micro_batch_size={micro_batch_size} cannot be used with a DataLoader, whose batches are the "
+                "micro-batches: leave it None and set the DataLoader's batch_size"
             )
         check_sampler(data)
         return Streamed(data)
@@ -55,7 +55,7 @@ def make_source(data: Any, micro_batch_size: int | None) -> Held | Streamed:
     if isinstance(data, Iterable) and not isinstance(data, str | bytes) and not hasattr(data, "__array__"):
         if micro_batch_size is not None:
             raise ValueError(
-                f"micro_batch_size={micro_batch_size} beside an iterable of ready batches, which are the "
+                f"micro_batch_size={micro_batch_size} cannot be used with an iterable of ready batches, which are the "
                 "micro-batches: leave it None"
             )
         return Streamed(data)

@@ -28,7 +28,7 @@ from lightning_rprop.full_batch.loader import FullBatchLoader
 
 
 class FullBatch(Callback):
-    """Make each optimizer step use the whole data set, exactly, at any micro-batch size and on any number of ranks.
+    """Makes each optimizer step use the whole data set, exactly, at any micro-batch size and on any number of ranks.
 
     Needs a :class:`~lightning_rprop.FullBatchLoader` as the training data loader (or ``take_over=True``), automatic
     optimization and one optimizer. The optimizer gets the gradient of the mean loss over all samples of all ranks. Each

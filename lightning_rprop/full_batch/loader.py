@@ -110,7 +110,7 @@ class FullBatchLoader:
         return self._source.num_samples
 
     def share(self, rank: int, num_replicas: int, device: torch.device | None = None) -> None:
-        """Take one rank's share of the data, for your own loop on several processes; ``FullBatch`` does it in ``fit``.
+        """Use only one rank's share of the data, in your own loop on several processes; ``FullBatch`` does this itself.
 
         Args:
             rank: The index of this rank.
@@ -155,7 +155,7 @@ class FullBatchLoader:
         for _ in range(self.steps_per_epoch):
             if not self._served and not self._part.single:
                 raise RuntimeError(
-                    "a FullBatchLoader with micro-batches gives only the first of them where it is iterated without "
+                    "a FullBatchLoader with micro-batches gives only the first of them when it is iterated without "
                     "FullBatch. In fit use Trainer(callbacks=[lightning_rprop.FullBatch()]); for validate, test, "
                     "predict, tuners and finders use micro_batch_size=None or a DataLoader; in your own loop iterate "
                     "over loader.micro_batches()"
@@ -179,7 +179,7 @@ class FullBatchLoader:
         device: torch.device | None = None,
         convert: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Take one rank's share of the data; ``convert`` brings held tensors to the dtype of the model."""
+        """Use only one rank's share of the data; ``convert`` brings held tensors to the dtype of the model."""
         target, on_gpu = self.device or device, device is not None and device.type == "cuda"
 
         def place(leaf: Any) -> Any:
@@ -194,7 +194,7 @@ class FullBatchLoader:
         self._served = True
 
     def _release(self) -> None:
-        """Give up the share and an open pass."""
+        """Release the share, and drop an open pass."""
         self._part.close()
         self._reset()
 
