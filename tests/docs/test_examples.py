@@ -178,9 +178,7 @@ def test_traffic_benchmark_matches_predictions(tmp_path):
 
 def test_pinn_learns_solution_and_saves_plot(tmp_path):
     program = ROOT / "examples" / "pinn.py"
-    output = run(
-        tmp_path, program, "--seconds", "3", "--points", "12", "--micro-batch-size", "72", "--output", "p.png"
-    )
+    output = run(tmp_path, program, "--seconds", "3", "--points", "12", "--micro-batch-size", "72", "--output", "p.png")
     errors = dict(re.findall(r"^(Rprop|LBFGS|Adam, lr 1e-[23])\D.* ([\d.e+-]+)$", output, flags=re.MULTILINE))
     assert set(errors) == {"Rprop", "LBFGS", "Adam, lr 1e-2", "Adam, lr 1e-3"}
     assert float(errors["Rprop"]) < 0.5  # relative to the solution's norm; an idle core gets there in milliseconds
