@@ -1,9 +1,12 @@
-"""What a record of StepSizeMonitor costs, against an optimizer step, against torch's operations, and in a training.
+"""What StepSizeMonitor costs: the default record at the default interval of 50 steps, as a share of a training step.
 
-The first rows are of ResNet-50's shapes: a record is a look at the gradients before a step and at the step sizes after
-it, to the numbers that go to the loggers. The programs run in turn, many times over, so that whatever else the machine
-does falls on all of them; printed are medians. The last rows are of the example app: the time spent in the monitor's
-hooks, loggers included, as a share of the time of all steps, at Lightning's default of a record every 50 steps.
+"digits" and "pinn" train the networks of examples/train.py and examples/pinn.py, in short runs that alternate. The time
+in the monitor's hooks, loggers included, is compared with that of all steps of the same run. The figures are medians
+over intervals of 50 steps with one record each. The first interval of each run is left out.
+
+"resnet50" measures records of ResNet-50's 25.6 million weights. The step to compare with is the gradient of 1,000
+samples in fully connected layers of as many weights, which is less work than in ResNet-50's convolutions. The programs
+alternate, and the figures are medians.
 
     python -m benchmarks.monitor
     python -m benchmarks.monitor --json monitor.json
@@ -31,34 +34,133 @@ import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 from benchmarks.step import machine, resnet50
-from lightning_rprop import FullBatch, Rprop, StepSizeMonitor
+from lightning_rprop import FullBatch, FullBatchLoader, Rprop, StepSizeMonitor
 from lightning_rprop.monitor._names import DEFAULT
-from lightning_rprop.monitor._record import Plan, look, measure
+from lightning_rprop.monitor._record import Plan, measure, summarize_gradients
 from lightning_rprop.monitor._rows import Row, list_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from pinn import Poisson, grid
 from tabular.data import TabularData
 from tabular.model import MLP
 
-WARM_UP = 100  # steps
+INTERVAL = 50  # steps, Lightning's default
+ROUNDS = 4
 
 
 class Line(NamedTuple):
-    """A record's milliseconds, a peer's, and what their ratio may be."""
+    """Milliseconds of a record, of the monitor per step and of a whole step, and the limit of the share."""
 
     about: str
-    ours: float
-    peer: str
-    theirs: float
-    allowed: float | None
+    record: float
+    monitor: float
+    step: float
+    limit: float | None
+
+
+class Timed(StepSizeMonitor):
+    """A monitor that measures its own time, and ends the run after some seconds.
+
+    Args:
+        seconds: How long to train.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(silence=["lower_bound"])
+        self.seconds = seconds
+        self.intervals: list[tuple[float, float, float]] = []  # seconds of the record, in all hooks, of all steps
+        self.record = self.inside = 0.0
+
+    def on_train_start(self, *args: Any) -> None:
+        """Start the clock."""
+        super().on_train_start(*args)
+        self.started = self.interval_started = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Complete an interval."""
+        if trainer.global_step and trainer.global_step % INTERVAL == 0:
+            now = time.perf_counter()
+            if trainer.global_step > INTERVAL:
+                self.intervals.append((self.record, self.inside, now - self.interval_started))
+                trainer.should_stop = now - self.started > self.seconds
+            self.interval_started, self.inside = now, 0.0
+        self.record = 0.0
+        self.timed(super().on_train_batch_start, trainer, *args)
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        """Measure the hook."""
+        self.timed(super().on_before_optimizer_step, *args)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Measure the hook."""
+        self.timed(super().on_train_batch_end, *args)
+
+    def timed(self, hook: Callable[..., None], *args: Any) -> None:
+        """Run a hook and add its time."""
+        start = time.perf_counter()
+        hook(*args)
+        seconds = time.perf_counter() - start
+        self.record += seconds
+        self.inside += seconds
+
+
+def fit(model: pl.LightningModule, data: Any, monitor: Timed, folder: str) -> None:
+    """Train with the monitor as the examples do, without validation, checkpoints and console output."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=-1,
+        callbacks=[FullBatch(log_as="loss"), monitor],
+        logger=CSVLogger(folder),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        trainer.fit(model, data)
+
+
+def digits(monitor: Timed, folder: str) -> None:
+    """Train as examples/train.py does."""
+    data = TabularData("digits", 0.15, 0.2, 0, steps_per_epoch=10)
+    optimizer = partial(Rprop, lr=1e-3, weight_decay=1e-4)
+    fit(MLP(data.in_features, data.out_features, data.task, optimizer, [64]), data, monitor, folder)
+
+
+def pinn(monitor: Timed, folder: str) -> None:
+    """Train as examples/pinn.py does."""
+    optimizer = partial(Rprop, lr=1e-3, max_iter=10)
+    fit(Poisson(optimizer), FullBatchLoader(grid(32), steps_per_epoch=100), monitor, folder)
+
+
+EXAMPLES: dict[str, tuple[Callable[[Timed, str], None], float]] = {"digits": (digits, 0.02), "pinn": (pinn, 0.01)}
+
+
+def example_lines(names: list[str], seconds: float) -> list[Line]:
+    """Measure the monitor in the examples."""
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
+    for _ in range(ROUNDS):
+        for name in names:
+            monitor = Timed(seconds / ROUNDS)
+            with tempfile.TemporaryDirectory() as folder:
+                EXAMPLES[name][0](monitor, folder)
+            found[name] += monitor.intervals
+    lines = []
+    for name, intervals in found.items():
+        record, inside, steps = (1e3 * statistics.median(column) for column in zip(*intervals, strict=True))
+        lines.append(Line(name, record, inside / INTERVAL, steps / INTERVAL, EXAMPLES[name][1]))
+    return lines
 
 
 def large_optimizer() -> Rprop:
-    """Make an optimizer of ResNet-50's parameters, with gradients, which has taken some steps."""
+    """Return an optimizer of ResNet-50's parameters, with gradients, that has made some steps."""
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in resnet50()]
+    params = [nn.Parameter(torch.zeros(shape)) for shape in resnet50()]
     optimizer = Rprop(params)
     for _ in range(3):
         for p in params:
@@ -67,156 +169,62 @@ def large_optimizer() -> Rprop:
     return optimizer
 
 
-def record(rows: list[Row], plan: Plan) -> None:
-    """Make a record, as the callback does."""
-    seen = look(rows)
-    measure(rows, [seen] if seen else [], plan)
+def record(rows: list[Row], statistics: tuple[str, ...]) -> None:
+    """Make a record as the callback does."""
+    gradients = summarize_gradients(rows)
+    measure(rows, [gradients] if gradients else [], Plan(statistics, False, frozenset(), False))
 
 
-def tensor_by_tensor(optimizer: Rprop) -> None:
-    """Compute the default statistics of all parameters as one would at first, each of each tensor."""
-    low, high = optimizer.param_groups[0]["step_sizes"]
-    for p in optimizer.param_groups[0]["params"]:
-        size, prev, grad = optimizer.state[p]["step_size"], optimizer.state[p]["prev"], p.grad
-        shares = [size <= low, size >= high, grad.sign() * prev.sign() < 0, grad == 0]
-        for value in [size.mean(), size.min(), size.max(), *(share.float().mean() for share in shares)]:
-            value.item()
-        (~grad.isfinite()).sum().item()
-
-
-def milliseconds(
-    ours: Callable[[], object], peer: Callable[[], object], before: Callable[[], object], seconds: float
-) -> tuple[float, float]:
-    """Run two programs in turn for so long, each after a step as in a training; give the median of each."""
-    times: list[list[float]] = [[], []]
-    begin = time.perf_counter()
-    while len(times[0]) < 4 or time.perf_counter() - begin < seconds:
-        for program, found in zip((ours, peer), times, strict=True):
-            before()
-            start = time.perf_counter()
-            program()
-            found.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[0][1:]), statistics.median(times[1][1:])  # the first compiles
-
-
-class Timed(StepSizeMonitor):
-    """A monitor that counts the seconds it takes, in its hooks and at the loggers, and ends the run after some time."""
-
-    def __init__(self, seconds: float, **options: Any) -> None:
-        super().__init__(**options)
-        self.seconds = seconds
-        self.inside = self.begun = self.over = 0.0
-        self.steps = 0
-
-    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Begin."""
-        super().on_train_start(trainer, *args)
-        self.begun = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Leave the first steps out, which compile, and look at the clock."""
-        now, self.steps = time.perf_counter(), trainer.global_step
-        if self.steps == WARM_UP:
-            self.begun, self.inside = now, 0.0
-        self.over = now
-        trainer.should_stop = self.steps >= 4 * WARM_UP and now - self.begun > self.seconds
-        start = time.perf_counter()
-        super().on_train_batch_start(trainer, *args)
-        self.inside += time.perf_counter() - start
-
-    def on_before_optimizer_step(self, *args: Any) -> None:
-        """Count."""
-        start = time.perf_counter()
-        super().on_before_optimizer_step(*args)
-        self.inside += time.perf_counter() - start
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Count."""
-        start = time.perf_counter()
-        super().on_train_batch_end(*args)
-        self.inside += time.perf_counter() - start
-
-
-def digits(folder: str, seconds: float, **options: Any) -> tuple[float, float]:
-    """Train the example app's network on its digits; give the milliseconds a step takes, and the monitor in it."""
-    data = TabularData("digits", 0.15, 0.2, 0, steps_per_epoch=10)
-    model = MLP(data.in_features, data.out_features, data.task, partial(Rprop, lr=1e-3, weight_decay=1e-4), [64])
-    monitor = Timed(seconds, silence=["lower_bound"], **options)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=-1,
-        callbacks=[FullBatch(), monitor],
-        logger=CSVLogger(folder),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
-    )
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        trainer.fit(model, datamodule=data)
-    steps = monitor.steps - WARM_UP
-    return 1e3 * (monitor.over - monitor.begun) / steps, 1e3 * monitor.inside / steps
-
-
-def large_rows(seconds: float) -> list[Line]:
-    """Time records of ResNet-50's parameters."""
+def large_lines(seconds: float) -> list[Line]:
+    """Measure records of ResNet-50's parameters next to the gradient of a network of as many weights."""
     optimizer = large_optimizer()
-    names = {id(p): str(i) for i, p in enumerate(optimizer.param_groups[0]["params"])}
-    parameters = list_rows([optimizer], names, 0)
-    with_quantiles = (*DEFAULT, "median", "q10", "q90")
-    default = partial(record, parameters, Plan(DEFAULT, False, frozenset(), False))
-    quantiles = partial(record, parameters, Plan(with_quantiles, False, frozenset(), False))
-    each = partial(record, parameters, Plan(with_quantiles, False, frozenset(names.values()), False))
-    by_tensor = partial(tensor_by_tensor, optimizer)
-    step = "a fused step"
-    pairs = [
-        ("default statistics", default, step, optimizer.step, 1.0),
-        ("default statistics", default, "the same, tensor by tensor", by_tensor, 0.1),
-        ("and median, q10, q90", quantiles, step, optimizer.step, None),
-        ("and all of these of each of 161 parameters", each, step, optimizer.step, None),
+    rows = list_rows([optimizer], {}, 0)
+    network = nn.Sequential(*[nn.Linear(1012, 1012) for _ in range(25)])
+    samples = torch.randn(1000, 1012)
+    programs: list[Callable[[], object]] = [
+        partial(record, rows, DEFAULT),
+        partial(record, rows, (*DEFAULT, "median", "q10", "q90")),
+        lambda: network(samples).square().mean().backward(),
     ]
-    lines = []
-    for about, ours, peer, theirs, allowed in pairs:
-        mine, other = milliseconds(ours, theirs, optimizer.step, seconds / len(pairs))
-        lines.append(Line(about, mine, peer, other, allowed))
-    return lines
-
-
-def digits_rows(seconds: float) -> list[Line]:
-    """Time the monitor in the example app."""
-    with tempfile.TemporaryDirectory() as folder:
-        step, inside = digits(folder, seconds)
-        rows = [Line("digits: default, of a step", inside, "the whole step", step, 0.01)]
-        every = {"per_parameter": True, "statistics": [*DEFAULT, "median", "q10", "q90"]}
-        step, inside = digits(folder, seconds, **every)
-        return [*rows, Line("digits: quantiles and each parameter too", inside, "the whole step", step, None)]
+    times: list[list[float]] = [[] for _ in programs]
+    start = time.perf_counter()
+    while len(times[0]) < 3 or time.perf_counter() - start < seconds:
+        for program, found in zip(programs, times, strict=True):
+            optimizer.step()
+            program_start = time.perf_counter()
+            program()
+            found.append(1e3 * (time.perf_counter() - program_start))
+    default, quantiles, step = (statistics.median(found[1:]) for found in times)  # the first allocates memory
+    return [
+        Line("resnet50", default, default / INTERVAL, step, None),
+        Line("resnet50, with median, q10, q90", quantiles, quantiles / INTERVAL, step, None),
+    ]
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each part, about (default: 20)")
-    parser.add_argument("--only", choices=["resnet50", "digits"], help="one of the two parts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--seconds", type=float, default=20.0, help="approximate time for each part (default: 20)")
+    parser.add_argument("--only", choices=[*EXAMPLES, "resnet50"], help="run one part")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     about = {**machine([]), "lightning": lightning.__version__}
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    print("\n| record | ms | against | ms | ratio | allowed |\n|---|---|---|---|---|---|")
-    rows: list[Line] = []
-    for name, part in (("resnet50", large_rows), ("digits", digits_rows)):
-        if arguments.only in (None, name):
-            rows += part(arguments.seconds)
-    for row in rows:
-        allowed = "" if row.allowed is None else f"{row.allowed:g}"
-        ratio = row.ours / row.theirs
-        print(f"| {row.about} | {row.ours:.3g} | {row.peer} | {row.theirs:.3g} | {ratio:.3f} | {allowed} |")
+    print(
+        "\n| training | a record, ms | monitor per step, ms | a step, ms | share | at most |\n|---|---|---|---|---|---|"
+    )
+    lines = example_lines([name for name in EXAMPLES if arguments.only in (None, name)], arguments.seconds)
+    if arguments.only in (None, "resnet50"):
+        lines += large_lines(arguments.seconds)
+    for line in lines:
+        share, limit = line.monitor / line.step, "" if line.limit is None else f"{line.limit:.0%}"
+        print(f"| {line.about} | {line.record:.3g} | {line.monitor:.3g} | {line.step:.3g} | {share:.2%} | {limit} |")
     if arguments.json:
         arguments.json.write_text(
-            json.dumps({"machine": about, "rows": [row._asdict() for row in rows]}, indent=2) + "\n"
+            json.dumps({"machine": about, "lines": [line._asdict() for line in lines]}, indent=2) + "\n"
         )
 
 
