@@ -4,6 +4,7 @@ import inspect
 import re
 from dataclasses import MISSING, fields
 from enum import Enum
+from pkgutil import resolve_name
 from typing import get_args
 
 import pytest
@@ -33,7 +34,7 @@ def test_config_matches_the_signature(cls, conf):
     own = {name: plain(value) for name, value in options.items() if not name.startswith("_")}
     assert list(own.items()) == list(signature(cls).items())
     assert options["_target_"] == f"lightning_rprop.{cls.__name__}"
-    assert getattr(lightning_rprop, cls.__name__) is cls
+    assert resolve_name(options["_target_"]) is cls
     assert options["_convert_"] == "all"
 
 

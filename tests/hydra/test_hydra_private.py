@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import hydra
+import pytest
 from hydra import compose, initialize
 from packaging.version import Version
 from programs import run
@@ -93,6 +94,7 @@ def test_job_is_found_and_callback_comes_first(tmp_path):
     assert output.splitlines() == ["added 3", "configured", f"3 False app {tmp_path / 'here'}"]
 
 
+@pytest.mark.filterwarnings("ignore:The version_base parameter is deprecated")  # from Hydra 1.4 on
 def test_only_basic_launcher_runs_in_the_script():
     for launcher, expected in (("basic", True), ("joblib", False), ("submitit_local", False)):
         with initialize(version_base="1.3"):
