@@ -215,7 +215,7 @@ class WithMask:
 
 
 def test_tensor_that_is_no_field_is_refused():
-    with pytest.raises(TypeError, match=r"data.mask is a tensor beside the fields of WithMask: make it a field"):
+    with pytest.raises(TypeError, match=r"data.mask is a tensor but not a field of WithMask: make it a field"):
         FullBatchLoader(WithMask(X), 7)
 
 

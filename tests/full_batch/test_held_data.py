@@ -151,7 +151,7 @@ def test_pickling_keeps_data_and_settings():
         (
             (DataLoader(TensorDataset(X)), 5),
             ValueError,
-            "micro_batch_size=5 beside a DataLoader.*set the DataLoader's batch_size",
+            "micro_batch_size=5 cannot be used with a DataLoader.*set the DataLoader's batch_size",
         ),
         (("digits.csv",), TypeError, "data must be a tensor.*got str"),
         ((3,), TypeError, "got int"),

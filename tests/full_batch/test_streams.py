@@ -61,7 +61,7 @@ def test_every_rank_reads_its_own_stream():
 def test_ready_batches_take_no_size():
     batches = Reiterable(torch.arange(10.0))
     assert [m.size for m in FullBatchLoader(batches).micro_batches()] == [10]
-    with pytest.raises(ValueError, match="micro_batch_size=5 beside an iterable of ready batches"):
+    with pytest.raises(ValueError, match="micro_batch_size=5 cannot be used with an iterable of ready batches"):
         FullBatchLoader(batches, 5)
 
 
