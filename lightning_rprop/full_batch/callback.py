@@ -254,8 +254,8 @@ class FullBatch(Callback):
             compare(
                 trainer,
                 values,
-                "the ranks have different data: {}. Give every rank the whole set in the same order (seed a random "
-                "split); FullBatchLoader takes each rank's share",
+                "the ranks have different data: {}. Give every rank the whole set, in the same order (seed a random "
+                "split); FullBatchLoader splits it",
             )
         share = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
         loader._share(**share, device=trainer.strategy.root_device, convert=trainer.precision_plugin.convert_input)
