@@ -19,7 +19,7 @@ _KEYS = torch._C._TorchDispatchModeKey
 _SIMULATING = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)  # FakeTensorMode, make_fx, functionalization
 _SIMULATED = frozenset({"FakeTensor", "FunctionalTensor"})
 
-# The attribute by which torch marks a parameter of FullyShardedDataParallel (version 1), which has no type of its own.
+# The attribute that marks the parameters of FullyShardedDataParallel (version 1), which have the ordinary type.
 FSDP_MARK = "_fsdp_flattened"
 
 

@@ -1,4 +1,4 @@
-"""The cases that feed the tests of the optimizer: what it takes, and what it refuses."""
+"""Cases for the tests of the optimizer: what it accepts and what it rejects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-# Arguments that torch.optim.Rprop takes too: the trajectories must be equal.
+# Arguments that torch.optim.Rprop has too; the trajectories must be equal.
 SHARED = {
     "default": {},
     "lr": {"lr": 0.3},
@@ -41,7 +41,7 @@ DTYPES = (
 
 _Name = Enum("_Name", {"foo": "foo"}, type=str)
 
-# Bad arguments: keyword arguments, exception, and a part of its message.
+# Invalid keyword arguments, the exception, and a part of its message.
 BAD = {
     "lr-negative": ({"lr": -1}, ValueError, "Invalid learning rate: -1.0. lr is .* for example lr=1e-2"),
     "lr-nan": ({"lr": math.nan}, ValueError, "Invalid learning rate: nan. lr"),
@@ -114,13 +114,13 @@ BAD = {
     ),
 }
 
-# The implementations, by the argument that chooses them: where foreach is left alone, it is a fused one that serves.
+# The value of foreach that chooses each implementation; None chooses a fused one.
 PATHS = {"single": False, "foreach": True, "fused": None}
 
-# Whether the fused one is Triton's, run by its interpreter (test_triton.py runs tests so), instead of Numba's.
+# Whether the fused implementation is Triton's, run by its interpreter as in test_triton.py, instead of Numba's.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Arguments that mean nothing in a dtype, with the dtype.
+# Arguments that lose their meaning in a dtype, and the dtype.
 BAD_IN_DTYPE = {
     "etaminus-bfloat16": (
         {"etas": (0.9981, 1.2)},
@@ -139,7 +139,7 @@ BAD_IN_DTYPE = {
     "lr-float32": ({"lr": 1e300}, torch.float32, "lr, etas and step_sizes must be finite in torch.float32"),
     "lr-float16": ({"lr": 1e5}, torch.float16, "lr, etas and step_sizes must be finite in torch.float16"),
 }
-# What lies one step inside those limits.
+# Arguments just inside those limits.
 GOOD_IN_DTYPE = {
     "etaminus-bfloat16": ({"etas": (0.998, 1.2)}, torch.bfloat16),
     "etaminus-float16": ({"etas": (0.9997, 1.2)}, torch.float16),
@@ -148,7 +148,7 @@ GOOD_IN_DTYPE = {
     "max-float16": ({"step_sizes": (1e-6, 6e4)}, torch.float16),
 }
 
-# Values as config libraries hand them over, and what the groups must hold.
+# Values from config libraries, and what the groups must contain.
 FROM_CONFIG = {
     "list": ({"etas": [0.4, 1.3]}, {"etas": (0.4, 1.3)}),
     "ListConfig": ({"etas": OmegaConf.create([0.4, 1.3])}, {"etas": (0.4, 1.3)}),
@@ -162,7 +162,7 @@ FROM_CONFIG = {
 
 
 def parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
-    """Parameters of many shapes and memory formats, 0-dim and empty ones included."""
+    """Create parameters of many shapes and memory formats, including 0-dim and empty ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -183,7 +183,7 @@ def parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
 
 
 def gradients(params: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """Gradients with exact zeros and with signs that change often, of a size whose products do not underflow."""
+    """Create gradients with exact zeros and many sign changes, large enough that products do not underflow."""
     generator = torch.Generator().manual_seed(seed)
 
     def one(shape: torch.Size) -> torch.Tensor:
@@ -197,9 +197,9 @@ def gradients(params: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal values, and equal signs of the zeros.
+    """Return whether two tensors are equal, including the signs of zeros.
 
-    Signs of complex zeros are let be: torch negates a complex 0 to 0 or to -0, whichever the element's place gives.
+    Signs of complex zeros are ignored: torch negates a complex 0 to 0 or -0, depending on its position in memory.
     """
     if a.is_complex():
         return a.dtype == b.dtype and torch.equal(torch.view_as_real(a), torch.view_as_real(b))
@@ -207,7 +207,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def assert_same(a: SimpleNamespace, b: SimpleNamespace) -> None:
-    """Two optimizers with their parameters agree in every bit of parameters and state."""
+    """Check that two optimizers have the same bits in parameters and state."""
     for i, (p, q) in enumerate(zip(a.params, b.params, strict=True)):
         assert same_bits(p.detach(), q.detach()), f"parameter {i} differs"
         assert a.optimizer.state[p].keys() == b.optimizer.state[q].keys()
@@ -218,13 +218,13 @@ def assert_same(a: SimpleNamespace, b: SimpleNamespace) -> None:
 def run(
     optimizer_class: type, params: list[torch.Tensor], steps: int, seed: int = 1, **kwargs: object
 ) -> SimpleNamespace:
-    """Make steps with made-up gradients."""
+    """Create an optimizer and make steps with generated gradients."""
     optimizer = optimizer_class(params, **kwargs)
     return proceed(SimpleNamespace(optimizer=optimizer, params=params), steps, seed)
 
 
 def proceed(run: SimpleNamespace, steps: int, seed: int) -> SimpleNamespace:
-    """Make more steps with made-up gradients."""
+    """Make more steps with generated gradients."""
     for step in range(steps):
         for p, g in zip(run.params, gradients(run.params, seed * 1000 + step), strict=True):
             p.grad = g

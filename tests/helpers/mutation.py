@@ -1,4 +1,4 @@
-"""Wrong versions of a module, made from its source: what tests must not let pass."""
+"""Wrong versions of a module, created by editing its source, which tests must detect."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if INTERPRETED:
 else:
     from lightning_rprop.optim import _numba_kernel as fused_kernel
 
-# Where the rule is written, and the argument that chooses it.
+# The modules that implement the rules, and the value of foreach that chooses each.
 IMPLEMENTATIONS = dict(zip((_rule, _foreach, fused_kernel), PATHS.values(), strict=True))
 
 _FOLDER = tempfile.TemporaryDirectory()
 
 
 def mutated(module, *edits):
-    """The module after each ``(old, new)`` edit of its source."""
+    """Return the module with each ``(old, new)`` edit applied to its source."""
     source = inspect.getsource(module)
     for old, new in edits:
         assert old in source, f"the mutation no longer fits the source: {old!r}"
         source = source.replace(old, new)
-    # a file of its own, which stays: Triton reads its functions' sources when they are called
+    # the file must stay, because Triton reads a function's source when it is called
     name = f"mutant_{len(list(Path(_FOLDER.name).iterdir()))}"
     file = Path(_FOLDER.name, f"{name}.py")
     file.write_text(source)
@@ -40,7 +40,7 @@ def mutated(module, *edits):
 
 
 def put_mutant_in(monkeypatch, module, *edits):
-    """Let the optimizer use a wrong implementation."""
+    """Make the optimizer use a wrong implementation."""
     mutant = mutated(module, *edits)
     if module is _rule:
         monkeypatch.setattr(_dispatch, "update", mutant.update)

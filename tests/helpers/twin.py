@@ -1,7 +1,7 @@
-"""The four rules for one weight, in plain Python, as the papers print them: what every implementation must equal.
+"""The four rules for one weight, in plain Python as in the papers; every implementation must agree with them.
 
-No torch here. A dtype is a function that rounds a float64 to it: one multiplication or addition of two numbers of 24
-bits or less, done in float64 and then rounded, is what the narrower arithmetic gives.
+This module does not use torch. A dtype is a function that rounds a float64 to it. A sum or product of two numbers of at
+most 24 bits that is computed in float64 and then rounded equals the result of the narrower arithmetic.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def twin(
     step_sizes: tuple[float, float],
     rounded: Callable[[float], float] = float,
 ) -> Iterator[tuple[float, float, float]]:
-    """Give weight, step size and stored gradient after every step; ``evaluate`` gives gradient and loss at a weight."""
+    """Yield weight, step size and stored gradient after each step; ``evaluate`` maps a weight to gradient and loss."""
     etaminus, etaplus = map(rounded, etas)
     low, high = map(rounded, step_sizes)
     w = rounded(w)

@@ -250,7 +250,7 @@ def test_the_tapes_tell_a_wrong_rule_apart(mutation):
     assert not told_apart(by_twin)
 
 
-# The same for the implementations: what to change in update.py, in foreach.py, in Numba's kernel and in Triton's.
+# The same for the implementations: what to change in _rule.py, in _foreach.py, in the Numba and the Triton kernel.
 WRONG_CODE = {
     "takes back by the shrunk step size": (
         ("torch.where(flipped, step_size, size, out=space.distance)", "size"),
