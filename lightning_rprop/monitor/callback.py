@@ -55,7 +55,7 @@ class StepSizeMonitor(Callback):
     ``mean``                of the weights     mean of the step sizes
     ``min``, ``max``        of the weights     smallest and largest step size
     ``median``              of the weights     half of the step sizes are smaller; the same as ``q50``
-    ``q10``, ``q2.5``, ...  of the weights     quantile in per cent, ``q0`` to ``q100``
+    ``q10``, ``q2.5``, ...  of the weights     quantile, named by its level in per cent, ``q0`` to ``q100``
     ``std_log10``           powers of ten      (population) standard deviation of log10 of the step sizes
     ``lower_bound``,        of the weights     the bounds in force, ``step_sizes`` of the optimizer
     ``upper_bound``
