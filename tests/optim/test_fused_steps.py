@@ -16,15 +16,13 @@ from lightning_rprop import Rprop
 
 
 def test_path_may_change_between_steps():
-    turning, plain = (
-        train(Rprop, parameters(torch.float32), 0),
-        train(Rprop, parameters(torch.float32), 0, foreach=False),
-    )
+    alternating = train(Rprop, parameters(torch.float32), 0)
+    plain = train(Rprop, parameters(torch.float32), 0, foreach=False)
     for i in range(12):
-        turning.optimizer.param_groups[0]["foreach"] = (None, False, True)[i % 3]
-        train_more(turning, 1, seed=i)
+        alternating.optimizer.param_groups[0]["foreach"] = (None, False, True)[i % 3]
+        train_more(alternating, 1, seed=i)
         train_more(plain, 1, seed=i)
-    assert_same(turning, plain)
+    assert_same(alternating, plain)
 
 
 @pytest.mark.parametrize("second", [Rprop, torch.optim.Rprop], ids=["ours", "torch"])
