@@ -1,18 +1,25 @@
-"""Cases for the tests of the optimizer: what it accepts and what it rejects."""
+"""Cases for the optimizer tests: valid and invalid arguments, parameters and gradients."""
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from enum import Enum
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from omegaconf import OmegaConf
 
-# Arguments that torch.optim.Rprop has too; the trajectories must be equal.
+from lightning_rprop.optim._rule import AT_FLIP
+
+VARIANTS = tuple(AT_FLIP)
+
+# Arguments that torch.optim.Rprop accepts too, with equal trajectories.
 SHARED = {
     "default": {},
     "lr": {"lr": 0.3},
@@ -41,7 +48,7 @@ DTYPES = (
 
 _Name = Enum("_Name", {"foo": "foo"}, type=str)
 
-# Invalid keyword arguments, the exception, and a part of its message.
+# Invalid keyword arguments, the exception, and a pattern that its message matches.
 BAD = {
     "lr-negative": ({"lr": -1}, ValueError, "Invalid learning rate: -1.0. lr is .* for example lr=1e-2"),
     "lr-nan": ({"lr": math.nan}, ValueError, "Invalid learning rate: nan. lr"),
@@ -114,13 +121,14 @@ BAD = {
     ),
 }
 
-# The value of foreach that chooses each implementation; None chooses a fused one.
+# The implementations by the value of foreach that selects them. The default, None, selects a fused kernel.
 PATHS = {"single": False, "foreach": True, "fused": None}
+BY_PATH = pytest.mark.parametrize("foreach", PATHS.values(), ids=PATHS)
 
-# Whether the fused implementation is Triton's, run by its interpreter as in test_triton.py, instead of Numba's.
+# Whether the fused kernel is Triton's, run by its interpreter as in test_triton.py, instead of Numba's.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Arguments that lose their meaning in a dtype, and the dtype.
+# Arguments that the dtype of a parameter cannot represent.
 BAD_IN_DTYPE = {
     "etaminus-bfloat16": (
         {"etas": (0.9981, 1.2)},
@@ -148,7 +156,7 @@ GOOD_IN_DTYPE = {
     "max-float16": ({"step_sizes": (1e-6, 6e4)}, torch.float16),
 }
 
-# Values from config libraries, and what the groups must contain.
+# Values of the types that config libraries pass, and the values that the groups must hold.
 FROM_CONFIG = {
     "list": ({"etas": [0.4, 1.3]}, {"etas": (0.4, 1.3)}),
     "ListConfig": ({"etas": OmegaConf.create([0.4, 1.3])}, {"etas": (0.4, 1.3)}),
@@ -161,14 +169,20 @@ FROM_CONFIG = {
 }
 
 
-def parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
-    """Create parameters of many shapes and memory formats, including 0-dim and empty ones."""
+def normal_sampler(dtype: torch.dtype, seed: int) -> Callable[..., torch.Tensor]:
+    """Return a function that draws a normal tensor of the given shape."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        real = torch.complex64 if dtype.is_complex else torch.float32
-        return torch.randn(shape, generator=generator, dtype=real).to(dtype)
+        drawn = torch.complex64 if dtype.is_complex else torch.float32
+        return torch.randn(shape, generator=generator, dtype=drawn).to(dtype)
 
+    return normal
+
+
+def parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    """Return parameters of many shapes and memory formats, including 0-dim and empty ones."""
+    normal = normal_sampler(dtype, seed)
     leaves = OrderedDict(
         scalar=normal(),
         empty=normal(0, 3),
@@ -182,24 +196,41 @@ def parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
     return [leaf.detach().requires_grad_() for leaf in leaves.values()]
 
 
+def dense_parameters(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return parameters without gaps in their memory, which fused kernels support, in several memory formats."""
+    normal = normal_sampler(dtype, seed=0)
+    leaves = [
+        normal(),
+        normal(0, 3),
+        normal(50),
+        normal(5, 3),
+        normal(16),
+        normal(10, 7).T,
+        normal(2, 3, 2, 3).contiguous(memory_format=torch.channels_last),
+        normal(3, 1, 11),
+        normal(0),
+    ]
+    return [leaf.detach().requires_grad_() for leaf in leaves]
+
+
 def gradients(params: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """Create gradients with exact zeros and many sign changes, large enough that products do not underflow."""
+    """Return gradients with exact zeros and frequent sign changes, large enough that products do not underflow."""
     generator = torch.Generator().manual_seed(seed)
 
-    def one(shape: torch.Size) -> torch.Tensor:
+    def random(shape: torch.Size) -> torch.Tensor:
         signs = torch.randint(-1, 2, shape, generator=generator)
         return signs * (0.05 + 2 * torch.rand(shape, generator=generator))
 
     return [
-        (torch.complex(one(p.shape), one(p.shape)) if p.is_complex() else one(p.shape)).to(p.dtype)
+        (torch.complex(random(p.shape), random(p.shape)) if p.is_complex() else random(p.shape)).to(p.dtype)
         for p in map(torch.Tensor.detach, params)
     ]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether two tensors are equal, including the signs of zeros.
+    """Return whether two tensors have equal values and, if real, equal signs of zeros.
 
-    Signs of complex zeros are ignored: torch negates a complex 0 to 0 or -0, depending on its position in memory.
+    The signs of complex zeros are ignored: torch negates a complex 0 to 0 or -0, depending on the element's position.
     """
     if a.is_complex():
         return a.dtype == b.dtype and torch.equal(torch.view_as_real(a), torch.view_as_real(b))
@@ -207,7 +238,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def assert_same(a: SimpleNamespace, b: SimpleNamespace) -> None:
-    """Check that two optimizers have the same bits in parameters and state."""
+    """Assert that two runs have the same parameters and optimizer state, bit for bit."""
     for i, (p, q) in enumerate(zip(a.params, b.params, strict=True)):
         assert same_bits(p.detach(), q.detach()), f"parameter {i} differs"
         assert a.optimizer.state[p].keys() == b.optimizer.state[q].keys()
@@ -215,18 +246,40 @@ def assert_same(a: SimpleNamespace, b: SimpleNamespace) -> None:
             assert same_bits(value, b.optimizer.state[q][key]), f"{key} of parameter {i} differs"
 
 
-def run(
+def set_gradients(params: list[torch.Tensor], seed: int) -> None:
+    for p, grad in zip(params, gradients(params, seed), strict=True):
+        p.grad = grad
+
+
+def train(
     optimizer_class: type, params: list[torch.Tensor], steps: int, seed: int = 1, **kwargs: object
 ) -> SimpleNamespace:
-    """Create an optimizer and make steps with generated gradients."""
+    """Build an optimizer and take steps with random gradients."""
     optimizer = optimizer_class(params, **kwargs)
-    return proceed(SimpleNamespace(optimizer=optimizer, params=params), steps, seed)
+    return train_more(SimpleNamespace(optimizer=optimizer, params=params), steps, seed)
 
 
-def proceed(run: SimpleNamespace, steps: int, seed: int) -> SimpleNamespace:
-    """Make more steps with generated gradients."""
+def train_more(run: SimpleNamespace, steps: int, seed: int) -> SimpleNamespace:
+    """Take more steps with random gradients."""
     for step in range(steps):
-        for p, g in zip(run.params, gradients(run.params, seed * 1000 + step), strict=True):
-            p.grad = g
+        set_gradients(run.params, seed * 1000 + step)
         run.optimizer.step()
     return run
+
+
+def take_dense_steps(
+    optimizer: torch.optim.Optimizer, params: list[torch.Tensor], steps: int, seed: int, **kwargs: object
+) -> None:
+    """Take steps with random gradients in the memory format of the parameters."""
+    for step in range(steps):
+        for p, grad in zip(params, gradients(params, seed * 1000 + step), strict=True):
+            p.grad = torch.empty_like(p).copy_(grad)
+        optimizer.step(**kwargs)
+
+
+def through_file(state: object) -> object:
+    """Return the state after a round trip through torch.save and torch.load(weights_only=True)."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)

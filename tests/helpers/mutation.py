@@ -1,4 +1,4 @@
-"""Wrong versions of a module, created by editing its source, which tests must detect."""
+"""Build wrong versions of a module from its source, to prove that tests fail with them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if INTERPRETED:
 else:
     from lightning_rprop.optim import _numba_kernel as fused_kernel
 
-# The modules that implement the rules, and the value of foreach that chooses each.
+# The modules that implement the rule, with the value of foreach that selects each.
 IMPLEMENTATIONS = dict(zip((_rule, _foreach, fused_kernel), PATHS.values(), strict=True))
 
 _FOLDER = tempfile.TemporaryDirectory()
 
 
-def mutated(module, *edits):
-    """Return the module with each ``(old, new)`` edit applied to its source."""
+def mutate(module, *edits):
+    """Return a copy of the module with each ``(old, new)`` replacement made in its source."""
     source = inspect.getsource(module)
     for old, new in edits:
         assert old in source, f"the mutation no longer fits the source: {old!r}"
         source = source.replace(old, new)
-    # the file must stay, because Triton reads a function's source when it is called
+    # keep one file per mutant, because Triton reads the source of a kernel when it is called
     name = f"mutant_{len(list(Path(_FOLDER.name).iterdir()))}"
     file = Path(_FOLDER.name, f"{name}.py")
     file.write_text(source)
@@ -39,9 +39,9 @@ def mutated(module, *edits):
     return mutant
 
 
-def put_mutant_in(monkeypatch, module, *edits):
-    """Make the optimizer use a wrong implementation."""
-    mutant = mutated(module, *edits)
+def use_mutant(monkeypatch, module, *edits):
+    """Make the optimizer use a mutant of the implementation in ``module``."""
+    mutant = mutate(module, *edits)
     if module is _rule:
         monkeypatch.setattr(_dispatch, "update", mutant.update)
     elif module is _foreach:

@@ -1,7 +1,7 @@
-"""The four rules for one weight, in plain Python as in the papers; every implementation must agree with them.
+"""The four rules for one weight in plain Python, written as in the papers; every implementation must equal them.
 
-This module does not use torch. A dtype is a function that rounds a float64 to it. A sum or product of two numbers of at
-most 24 bits that is computed in float64 and then rounded equals the result of the narrower arithmetic.
+This module does not use torch, so it shares no bug with it. A narrower dtype is emulated by a function that rounds a
+float64: rounding the float64 sum or product of two numbers of at most 24 bits gives the result of the narrower dtype.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def float16(x: float) -> float:
 
 def bfloat16(x: float) -> float:
     bits = struct.unpack("I", struct.pack("f", x))[0]
-    bits += 0x7FFF + (bits >> 16 & 1)  # to nearest, ties to even
+    bits += 0x7FFF + (bits >> 16 & 1)  # round to nearest, ties to even
     return struct.unpack("f", struct.pack("I", bits & 0xFFFF0000))[0]
 
 
@@ -42,7 +42,18 @@ def twin(
     step_sizes: tuple[float, float],
     rounded: Callable[[float], float] = float,
 ) -> Iterator[tuple[float, float, float]]:
-    """Yield weight, step size and stored gradient after each step; ``evaluate`` maps a weight to gradient and loss."""
+    """Iterate over weight, step size and stored gradient after each step.
+
+    Args:
+        variant: Name of the rule.
+        evaluate: Returns gradient and loss at a weight.
+        steps: Number of steps.
+        w: Initial weight.
+        lr: Initial step size.
+        etas: Factors by which the step size shrinks and grows.
+        step_sizes: Smallest and largest step size.
+        rounded: Rounds a number to the emulated dtype.
+    """
     etaminus, etaplus = map(rounded, etas)
     low, high = map(rounded, step_sizes)
     w = rounded(w)

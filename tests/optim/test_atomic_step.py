@@ -1,23 +1,23 @@
-"""A step that runs out of memory moves nothing, counts nothing, and leaves state that loads."""
+"""A step that runs out of memory changes no parameter and no counter, and leaves a loadable state."""
 
 import copy
 from pathlib import Path
 
 import pytest
 import torch
-from cases import gradients
+from cases import set_gradients
 from programs import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rprop import Rprop
 from lightning_rprop.optim import _scratch
 
-PATHS = [{"fused": False}, {"foreach": True}]
+UNFUSED = [{"fused": False}, {"foreach": True}]
 OPTIONS = [{}, {"variant": "irprop+", "weight_decay": 0.1}, {"variant": "rprop+", "maximize": True}]
 
 
 class OutOfMemory(TorchDispatchMode):
-    """Fail at the n-th operation that returns new memory."""
+    """Raise OutOfMemoryError after ``n`` operations that allocate memory."""
 
     def __init__(self, n):
         super().__init__()
@@ -32,7 +32,7 @@ class OutOfMemory(TorchDispatchMode):
 
 
 def make(options):
-    """Two groups, two dtypes, parameters on both sides of the size from which they share memory."""
+    """Return parameters of two groups, two dtypes and sizes on both sides of ``_scratch._FEW``, and an optimizer."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(3,), (80, 70), (50, 2, 60), (7, 2)]
     params = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
@@ -40,26 +40,21 @@ def make(options):
     return params, Rprop([{"params": params[:3]}, {"params": params[3:], "lr": 0.1}], **options)
 
 
-def give_gradients(params, seed):
-    for p, grad in zip(params, gradients(params, seed), strict=True):
-        p.grad = grad
-
-
-def everything(params, optimizer):
+def snapshot(params, optimizer):
     tensors = [p.detach() for p in params]
     return copy.deepcopy(tensors + [value for p in params for value in optimizer.state.get(p, {}).values()])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("path", PATHS, ids=str)
-def test_failed_step_is_as_if_never_made(path, options):
+@pytest.mark.parametrize("path", UNFUSED, ids=str)
+def test_failed_step_changes_nothing(path, options):
     (params, optimizer), (others, undisturbed) = make(options | path), make(options | path)
     for seed in range(2):
         for each, one in ((params, optimizer), (others, undisturbed)):
-            give_gradients(each, seed)
+            set_gradients(each, seed)
             one.step(loss=float(seed))
-    give_gradients(params, 2)
-    before, failures = everything(params, optimizer), 0
+    set_gradients(params, 2)
+    before, failures = snapshot(params, optimizer), 0
     while True:
         try:
             with OutOfMemory(failures):
@@ -67,17 +62,17 @@ def test_failed_step_is_as_if_never_made(path, options):
             break
         except torch.OutOfMemoryError:
             failures += 1
-            assert all(map(torch.equal, everything(params, optimizer), before))
+            assert all(map(torch.equal, snapshot(params, optimizer), before))
     assert failures > 20
-    give_gradients(others, 2)
+    set_gradients(others, 2)
     undisturbed.step(loss=2.0)
-    assert all(map(torch.equal, everything(params, optimizer), everything(others, undisturbed)))
+    assert all(map(torch.equal, snapshot(params, optimizer), snapshot(others, undisturbed)))
 
 
-@pytest.mark.parametrize("path", [{}, *PATHS], ids=str)
+@pytest.mark.parametrize("path", [{}, *UNFUSED], ids=str)
 def test_failed_first_step_leaves_loadable_state(path):
     params, optimizer = make({"variant": "irprop+"} | path)
-    give_gradients(params, 0)
+    set_gradients(params, 0)
     before = copy.deepcopy([p.detach() for p in params])
     for failures in range(12):
         with pytest.raises(torch.OutOfMemoryError), OutOfMemory(failures):
@@ -86,14 +81,14 @@ def test_failed_first_step_leaves_loadable_state(path):
         make({"variant": "irprop+"})[1].load_state_dict(optimizer.state_dict())
     optimizer.step(loss=1.0)
     others, undisturbed = make({"variant": "irprop+"} | path)
-    give_gradients(others, 0)
+    set_gradients(others, 0)
     undisturbed.step(loss=1.0)
-    assert all(map(torch.equal, everything(params, optimizer), everything(others, undisturbed)))
+    assert all(map(torch.equal, snapshot(params, optimizer), snapshot(others, undisturbed)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_shared_memory_gives_the_same_bits(options, dtype, monkeypatch):
+def test_shared_scratch_memory_is_bit_exact(options, dtype, monkeypatch):
     results = []
     for few in (0, 1 << 20):
         monkeypatch.setattr(_scratch, "_FEW", few)
@@ -101,9 +96,9 @@ def test_shared_memory_gives_the_same_bits(options, dtype, monkeypatch):
         params = [p.detach().to(dtype).requires_grad_() for p in params]
         optimizer = Rprop(params, fused=False, **options)
         for seed in range(5):
-            give_gradients(params, seed)
+            set_gradients(params, seed)
             optimizer.step(loss=float(seed % 3))
-        results.append(everything(params, optimizer))
+        results.append(snapshot(params, optimizer))
     assert all(map(torch.equal, *results))
 
 
@@ -121,7 +116,7 @@ used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), -1))
 try:
     optimizer.step(loss=2.0)
-    print("made")
+    print("no failure")
 except RuntimeError:
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
     moved = [p.detach()[0].item() != b for p, b in zip(params, before)]
@@ -129,7 +124,7 @@ except RuntimeError:
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's account of the memory")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc/self/statm of Linux")
 @pytest.mark.parametrize("options", [{"variant": "irprop+"}, {"foreach": True}], ids=str)
 @pytest.mark.parametrize("sizes", [[1000, 1000, 30_000_000], [20_000, 30_000_000, 1000]], ids=str)
 def test_memory_limit_moves_all_or_nothing(sizes, options):

@@ -1,10 +1,10 @@
-"""Steps that something watches, traces or simulates: no kernel hides them, and the result is right."""
+"""Steps under dispatch modes, fake tensors, tracing and vmap: no kernel bypasses them, and the result is exact."""
 
 import copy
 
 import pytest
 import torch
-from cases import assert_same, gradients, parameters, run
+from cases import VARIANTS, assert_same, parameters, set_gradients, train
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -22,7 +22,7 @@ BY_OPTIONS = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
 class Writes(TorchDispatchMode):
-    """Which tensors the operations write to."""
+    """Record which tensors are written to."""
 
     def __init__(self):
         super().__init__()
@@ -37,10 +37,9 @@ class Writes(TorchDispatchMode):
 
 @pytest.mark.parametrize("path", [{}, {"fused": False}, {"foreach": True}], ids=str)
 def test_dispatch_mode_sees_all_writes(path):
-    watched, unwatched = run(Rprop, parameters(torch.float32), 2, **path), run(Rprop, parameters(torch.float32), 2)
+    watched, unwatched = train(Rprop, parameters(torch.float32), 2, **path), train(Rprop, parameters(torch.float32), 2)
     for one in (watched, unwatched):
-        for p, grad in zip(one.params, gradients(one.params, 7), strict=True):
-            p.grad = grad
+        set_gradients(one.params, 7)
     with Writes() as mode:
         watched.optimizer.step()
     unwatched.optimizer.step()
@@ -86,7 +85,7 @@ def test_meta_tensors_get_meta_state(options, path, max_iter):
 
 
 @BY_PATH
-def test_fake_tensors_outside_their_mode(path):
+def test_fake_tensors_work_outside_their_mode(path):
     with FakeTensorMode() as mode:
         p = torch.nn.Parameter(mode.from_tensor(torch.ones(3)))
         p.grad = torch.ones(3)
@@ -141,7 +140,7 @@ def test_traced_step_gives_the_same_bits(variant, path):
     assert all(map(torch.equal, traced, step(*fresh())))
 
 
-def test_fused_true_on_meta_then_materialised():
+def test_fused_true_checks_materialized_params():
     with torch.device("meta"):
         params = [torch.nn.Parameter(torch.empty(3)) for _ in range(2)]
     optimizer = Rprop(params, fused=True)
@@ -152,10 +151,20 @@ def test_fused_true_on_meta_then_materialised():
     with pytest.raises(
         RuntimeError, match=r"fused=True, but no fused kernel supports parameter 1: .* differ in strides"
     ):
-        optimizer.step()  # checked here
+        optimizer.step()
     optimizer.param_groups[0]["params"].pop()
     optimizer.step()
     assert torch.equal(optimizer.param_groups[0]["params"][0].detach(), torch.ones(3) - 0.01)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_fused_true_works_with_lazy_modules():
+    net = torch.nn.LazyLinear(2)
+    optimizer = Rprop(net.parameters(), lr=0.1, fused=True)
+    net(torch.ones(1, 3)).sum().backward()
+    before = net.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(net.weight, before - 0.1)
 
 
 NUMBERS = {"step_size_min": 1e-6, "step_size_max": 50.0, "etaminus": 0.5, "etaplus": 1.2}
@@ -163,16 +172,21 @@ NUMBERS = {"step_size_min": 1e-6, "step_size_max": 50.0, "etaminus": 0.5, "etapl
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 @pytest.mark.parametrize("shared", [None, "grads", "prevs", "counters"])
-@pytest.mark.parametrize("variant", ["irprop-", "irprop+", "rprop-", "rprop+"])
-def test_functional_form_under_vmap(variant, shared):
-    """With counters of their own, or a tensor that all members share."""
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_functional_form_works_under_vmap(variant, shared):
+    """Each member has its own tensors, except one kind that all may share."""
     generator = torch.Generator().manual_seed(0)
     batched = {name: torch.randn(4, 3, generator=generator) for name in ("params", "grads", "prevs")}
     batched |= {"sizes": torch.rand(4, 3, generator=generator), "counters": torch.arange(4.0)}
     batched["rose"] = torch.tensor([True, False, True, False])
 
     def step(params, grads, prevs, sizes, counters, rose):
-        moved = [params.clone(), prevs + 0 * params, sizes.clone(), counters.clone()]  # batched, as vmap demands
+        moved = [
+            params.clone(),
+            prevs + 0 * params,
+            sizes.clone(),
+            counters.clone(),
+        ]  # vmap wants these batched
         rprop(
             [moved[0]], [grads], [moved[1]], [moved[2]], [moved[3]],
             variant=variant, loss_rose=rose, weight_decay=0.1, maximize=True, **NUMBERS,

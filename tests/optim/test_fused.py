@@ -1,23 +1,19 @@
-"""The fused kernels: when they are chosen, and that they are one implementation among others.
+"""The fused kernels: when they are chosen, and that they equal the plain loop.
 
-These tests run with Numba's kernel, and by test_triton.py with Triton's.
+These tests run with Numba's kernel. test_triton.py runs them with Triton's.
 """
 
 import copy
-import io
-import pickle
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import DTYPES, INTERPRETED, assert_same, gradients, parameters, proceed, run
-from mutation import fused_kernel, put_mutant_in
-from torch.utils._python_dispatch import TorchDispatchMode
+from cases import DTYPES, INTERPRETED, VARIANTS, assert_same, dense_parameters, take_dense_steps
+from mutation import fused_kernel, use_mutant
 
 from lightning_rprop import Rprop
 from lightning_rprop.optim import _dispatch, rprop
-from lightning_rprop.optim._rule import AT_FLIP
 
 if INTERPRETED:
     from lightning_rprop.optim import _triton as module
@@ -33,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Cut the work in so small pieces that every tensor has some, for three threads."""
+    """Cut every tensor into several small pieces, for three threads."""
     monkeypatch.setattr(module, PIECE, 16)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -43,7 +39,7 @@ def small_pieces(monkeypatch):
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """Names of the implementations that are called, with the number of tensors each got."""
+    """Count the tensors that each implementation gets, by the name of its function."""
     calls = Counter()
 
     def count(place, name):
@@ -60,70 +56,37 @@ def chosen(monkeypatch):
     count(module, KERNEL)
     _dispatch._load.cache_clear()
     for dtype in DTYPES[:4]:
-        _dispatch._load(torch.device("cpu"), dtype)  # which tries Triton's kernel out
+        _dispatch._load(torch.device("cpu"), dtype)  # Triton's kernel is launched here to check that it works
     calls.clear()
     yield calls
     _dispatch._load.cache_clear()
 
 
-def dense(dtype):
-    """Parameters that fill a piece of memory, in several orders, some longer than others."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.complex64 if dtype.is_complex else None).to(dtype)
-
-    leaves = [
-        normal(),
-        normal(0, 3),
-        normal(50),
-        normal(5, 3),
-        normal(16),
-        normal(10, 7).T,
-        normal(2, 3, 2, 3).contiguous(memory_format=torch.channels_last),
-        normal(3, 1, 11),
-        normal(0),
-    ]
-    return [leaf.detach().requires_grad_() for leaf in leaves]
-
-
-def steps(optimizer, params, count, seed, **kwargs):
-    """Make steps with gradients of the parameters' memory format."""
-    for step in range(count):
-        for p, g in zip(params, gradients(params, seed * 1000 + step), strict=True):
-            p.grad = torch.empty_like(p).copy_(g)
-        optimizer.step(**kwargs)
-
-
 @pytest.mark.parametrize("options", [{}, {"maximize": True, "weight_decay": 0.3}], ids=str)
-@pytest.mark.parametrize("variant", AT_FLIP)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_the_plain_loop_in_pieces(dtype, variant, options, small_pieces, chosen):
-    ours, plain = dense(dtype), dense(dtype)
+def test_pieces_match_the_plain_loop(dtype, variant, options, small_pieces, chosen):
+    ours, plain = dense_parameters(dtype), dense_parameters(dtype)
     a, b = Rprop(ours, fused=True, variant=variant, **options), Rprop(plain, foreach=False, variant=variant, **options)
     for step, loss in enumerate((3, 2, 4, 4, 5)):
-        steps(a, ours, 1, step, loss=loss)
-        steps(b, plain, 1, step, loss=torch.tensor(loss, dtype=torch.float64))
+        take_dense_steps(a, ours, 1, step, loss=loss)
+        take_dense_steps(b, plain, 1, step, loss=torch.tensor(loss, dtype=torch.float64))
     assert chosen == {KERNEL: 5 * len(ours), "update": 5 * len(ours)}
     assert_same(*(SimpleNamespace(optimizer=o, params=p) for o, p in ((a, ours), (b, plain))))
 
 
-def test_pieces_tell_wrong_shares_apart(small_pieces, monkeypatch):
-    """As the test above is worth no more than what it finds."""
+def test_pieces_detect_wrong_boundaries(small_pieces, monkeypatch):
     if INTERPRETED:
         edits = [("offsets < size", "offsets < size - 1"), ("_BLOCK = 2048", "_BLOCK = 16")]
     else:
         edits = [("max(begin - start, 0)", "max(begin - start, 0) * 0")]
-    put_mutant_in(monkeypatch, fused_kernel, *edits)
-    ours, plain = dense(torch.float32), dense(torch.float32)
+    use_mutant(monkeypatch, fused_kernel, *edits)
+    ours, plain = dense_parameters(torch.float32), dense_parameters(torch.float32)
     a, b = Rprop(ours), Rprop(plain, foreach=False)
     for seed in range(4):
-        steps(a, ours, 1, seed)
-        steps(b, plain, 1, seed)
+        take_dense_steps(a, ours, 1, seed)
+        take_dense_steps(b, plain, 1, seed)
     assert not all(torch.equal(p, q) for p, q in zip(ours, plain, strict=True))
-
-
-# ------------------------------------------------------------------------------------------------ which is chosen
 
 
 def channels_last(*shape):
@@ -131,10 +94,10 @@ def channels_last(*shape):
 
 
 class Subclass(torch.Tensor):
-    """A tensor that may be more than its memory."""
+    """A tensor subclass, which may be more than its memory."""
 
 
-# How to make a parameter and a gradient, and why no kernel serves them; None if one does.
+# Functions that build parameter and gradient, and the reason why no kernel supports them, or None.
 LAYOUTS = {
     "contiguous": (lambda: (torch.randn(3, 4), torch.randn(3, 4)), None),
     "0-dim": (lambda: (torch.randn(()), torch.randn(())), None),
@@ -164,9 +127,9 @@ def made(make):
 
 
 @BY_LAYOUT
-@pytest.mark.parametrize("alone", [True, False], ids=["alone", "beside another"])
-def test_choice_by_layout(make, reason, alone, chosen):
-    """A parameter is served or not, whatever there is beside it, and moves as by the plain loop."""
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "with another"])
+def test_choice_depends_on_layout(make, reason, alone, chosen):
+    """The choice does not depend on other parameters, and the moves equal those of the plain loop."""
     moved = []
     for foreach in (None, False):
         params = [made(make)] if alone else [torch.zeros(7, requires_grad=True), made(make)]
@@ -181,8 +144,8 @@ def test_choice_by_layout(make, reason, alone, chosen):
 
 
 @BY_LAYOUT
-def test_fused_true_demands(make, reason):
-    """It names the parameter and the reason, before anything is changed, or it is served."""
+def test_fused_true_refuses_bad_layouts(make, reason):
+    """The error names parameter and reason before anything changes."""
     first, second = torch.zeros(7, requires_grad=True), made(make)
     first.grad = torch.ones(7)
     before = second.detach().clone()
@@ -192,13 +155,13 @@ def test_fused_true_demands(make, reason):
     with pytest.raises(
         RuntimeError, match=f"fused=True, but no fused kernel supports 'second': .*{reason}.* fused=None"
     ):
-        # what the parameter alone does not show comes out at the step
+        # the constructor checks parameters, the step also checks gradients
         Rprop([{"params": [("first", first)]}, {"params": [("second", second)]}], fused=True).step()
     assert torch.equal(second, before)
     assert first.tolist() == [0.0] * 7
 
 
-def test_fused_true_refuses_what_cannot_be_served_when_it_is_given():
+def test_fused_true_checks_new_parameters():
     gaps = torch.randn(6, 8)[:, ::2].detach().requires_grad_()
     good = torch.zeros(3, requires_grad=True)
     with pytest.raises(
@@ -211,19 +174,19 @@ def test_fused_true_refuses_what_cannot_be_served_when_it_is_given():
     assert len(optimizer.param_groups) == 1
 
 
-def test_fused_true_with_state_of_another_dtype_changes_nothing():
+def test_fused_true_refuses_state_of_other_dtype():
     net = torch.nn.Linear(3, 2)
     optimizer = Rprop(net.named_parameters(), fused=True)
-    steps(optimizer, list(net.parameters()), 2, seed=1)
+    take_dense_steps(optimizer, list(net.parameters()), 2, seed=1)
     net.bfloat16()
     before, state = [p.detach().clone() for p in net.parameters()], copy.deepcopy(optimizer.state_dict()["state"])
     with pytest.raises(RuntimeError, match=r"supports 'weight': .* differ in dtype: torch.bfloat16, .*, torch.float32"):
-        steps(optimizer, list(net.parameters()), 1, seed=2)
+        take_dense_steps(optimizer, list(net.parameters()), 1, seed=2)
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
     assert all(torch.equal(state[i][key], optimizer.state_dict()["state"][i][key]) for i in state for key in state[i])
 
 
-def test_functional_form_demands_too():
+def test_functional_form_checks_fused_true():
     p, g = torch.zeros(3, 2), torch.ones(2, 3).T
     numbers = {"step_size_min": 1e-6, "step_size_max": 50, "etaminus": 0.5, "etaplus": 1.2}
     lists = [[torch.zeros(3, 2), p], [torch.ones(3, 2), g], [torch.zeros(3, 2), p], [torch.ones(3, 2), p]]
@@ -247,9 +210,9 @@ def test_functional_form_demands_too():
     ],
     ids=str,
 )
-def test_choice_by_options(options, expected, chosen):
-    """As torch.optim.Adam chooses; and the group holds what was asked for, never what was chosen."""
-    p = torch.zeros(3, requires_grad=not options.get("differentiable"))  # a leaf cannot be moved under autograd's eyes
+def test_choice_depends_on_options(options, expected, chosen):
+    """The choice follows torch.optim.Adam, and the group keeps the given options."""
+    p = torch.zeros(3, requires_grad=not options.get("differentiable"))  # autograd forbids moving a leaf in place
     optimizer = Rprop([p], **options)
     p.grad = torch.ones(3)
     optimizer.step()
@@ -258,8 +221,8 @@ def test_choice_by_options(options, expected, chosen):
     assert optimizer.param_groups[0]["foreach"] is options.get("foreach")
 
 
-def test_choice_by_loss(chosen):
-    """One loss for all is served; one for each row is the plain loop's."""
+def test_choice_depends_on_loss_shape(chosen):
+    """The kernel supports one loss for all rows; the plain loop takes one loss per row."""
     p, g = torch.zeros(3, 2), torch.ones(3, 2)
     for loss_rose in (torch.tensor(True), torch.tensor([True]), torch.tensor([[True], [False], [True]])):
         rprop(
@@ -267,81 +230,3 @@ def test_choice_by_loss(chosen):
             step_size_min=1e-6, step_size_max=50, etaminus=0.5, etaplus=1.2,
         )  # fmt: skip
     assert chosen == {KERNEL: 2, "update": 1}
-
-
-# ------------------------------------------------------------------------------- one implementation among others
-
-
-def test_paths_may_change_from_step_to_step():
-    turning, plain = run(Rprop, parameters(torch.float32), 0), run(Rprop, parameters(torch.float32), 0, foreach=False)
-    for i in range(12):
-        turning.optimizer.param_groups[0]["foreach"] = (None, False, True)[i % 3]
-        proceed(turning, 1, seed=i)
-        proceed(plain, 1, seed=i)
-    assert_same(turning, plain)
-
-
-@pytest.mark.parametrize("second", [Rprop, torch.optim.Rprop], ids=["ours", "torch"])
-@pytest.mark.parametrize("before", [{"fused": True}, {"foreach": False}], ids=str)
-def test_paths_may_change_across_a_checkpoint(before, second):
-    begun = SimpleNamespace(params=dense(torch.float32))
-    begun.optimizer = Rprop(begun.params, **before)
-    steps(begun.optimizer, begun.params, 4, seed=1)
-    file = io.BytesIO()
-    torch.save(begun.optimizer.state_dict(), file)
-    file.seek(0)
-    params = [p.detach().clone().requires_grad_() for p in begun.params]
-    resumed = SimpleNamespace(params=params, optimizer=second(params))
-    resumed.optimizer.load_state_dict(torch.load(file, weights_only=True))
-    resumed.optimizer.param_groups[0].update(foreach=False if before.get("fused") else None, fused=None)
-    for one in (begun, resumed):
-        steps(one.optimizer, one.params, 6, seed=2)
-    assert_same(begun, resumed)
-
-
-def test_duplicates_work_on_memory_of_their_own():
-    begun = run(Rprop, parameters(torch.float32), 3)
-    duplicates = [copy.deepcopy(begun), pickle.loads(pickle.dumps(begun))]
-    for one in (*duplicates, begun):
-        proceed(one, 5, seed=2)
-    assert_same(begun, duplicates[0])
-    assert_same(begun, duplicates[1])
-
-
-def test_autograd_learns_of_the_change():
-    p = torch.ones(3, requires_grad=True)
-    loss = p.square().sum()
-    p.grad = torch.ones(3)
-    Rprop([p], fused=True).step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_gradients_are_only_read():
-    params = dense(torch.float32)
-    optimizer = Rprop(params, fused=True, weight_decay=0.1, maximize=True)
-    steps(optimizer, params, 1, seed=1)
-    before = [p.grad.clone() for p in params]
-    optimizer.step()
-    assert all(torch.equal(p.grad, b) for p, b in zip(params, before, strict=True))
-
-
-@pytest.mark.parametrize("variant", AT_FLIP)
-def test_no_operation_makes_a_tensor_of_a_parameters_size(variant):
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            made.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
-            return out
-
-    sizes = {}
-    for options in ({"fused": True}, {"foreach": False}):
-        made = []
-        params = [torch.zeros(1000, 10, requires_grad=True) for _ in range(2)]
-        optimizer = Rprop(params, variant=variant, **options)
-        steps(optimizer, params, 2, seed=1, loss=1.0)
-        with Sizes():
-            optimizer.step(loss=2.0)
-        sizes[str(options)] = max(made, default=0)
-    assert sizes["{'fused': True}"] < 1000
-    assert sizes["{'foreach': False}"] == 10_000  # so that the measure is seen to measure

@@ -1,4 +1,4 @@
-"""What ``load_state_dict`` refuses before it changes anything, and the options that it brings."""
+"""Loading a state: errors that change nothing, warnings about replaced options, and pickles."""
 
 import copy
 import pickle
@@ -8,11 +8,11 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from cases import parameters, run
+from cases import parameters, train
 
 from lightning_rprop import Rprop
 
-# What a damaged or foreign state holds, and what the error says.
+# A damaged entry of the state, and a pattern of the error.
 DAMAGE = {
     "prev_loss-number": ("prev_loss", 0.5, "its prev_loss is 0.5, not a tensor with one real number"),
     "prev_loss-text": ("prev_loss", "low", "its prev_loss is 'low', not a tensor with one real number"),
@@ -41,7 +41,7 @@ DAMAGE = {
 
 
 def saved(**options):
-    return run(Rprop, [torch.randn(2, requires_grad=True) for _ in range(2)], 2, **options).optimizer.state_dict()
+    return train(Rprop, [torch.randn(2, requires_grad=True) for _ in range(2)], 2, **options).optimizer.state_dict()
 
 
 @pytest.mark.parametrize(("key", "value", "message"), DAMAGE.values(), ids=DAMAGE)
@@ -50,21 +50,40 @@ def test_damaged_state_changes_nothing(key, value, message, steps):
     state = saved()
     state["state"][1][key] = value
     params = [torch.ones(2, requires_grad=True) for _ in range(2)]
-    optimizer = run(Rprop, params, steps).optimizer
+    optimizer = train(Rprop, params, steps).optimizer
     before = pickle.dumps((optimizer.param_groups, dict(optimizer.state)))
     with pytest.raises(ValueError, match=f"The state of parameter 1 does not fit: {message}"):
         optimizer.load_state_dict(state)
     assert pickle.dumps((optimizer.param_groups, dict(optimizer.state))) == before
 
 
-def test_state_that_is_no_dict_changes_nothing():
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", torch.tensor(True)),
+        ("prev", torch.ones(1, 2).to_sparse()),
+        ("step_size", torch.ones(1, 2).to(torch.float8_e4m3fn)),
+    ],
+)
+def test_state_of_unusable_type_is_refused(key, value):
+    net = torch.nn.Linear(2, 1)
+    optimizer = Rprop(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0][key] = value
+    with pytest.raises(ValueError, match=f"does not fit: its {key} is"):
+        Rprop(torch.nn.Linear(2, 1).parameters()).load_state_dict(state)
+
+
+def test_state_that_is_no_dict_is_refused():
     state = saved()
     state["state"][1] = [1.0]
     with pytest.raises(ValueError, match=r"The state of parameter 1 is \[1.0\], not a dict"):
         Rprop([torch.ones(2, requires_grad=True) for _ in range(2)]).load_state_dict(state)
 
 
-def test_state_is_checked_after_the_users_hooks():
+def test_state_is_checked_after_load_hooks():
     state = saved()
     params = [torch.ones(2, requires_grad=True) for _ in range(2)]
     optimizer = Rprop(params)
@@ -75,9 +94,9 @@ def test_state_is_checked_after_the_users_hooks():
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
 
 
-# ------------------------------------------------------------------------------------------------ other options
+# --------------------------------------------------------------------------------------- replaced options
 
-# An option of the checkpoint, that of the optimizer that loads it, and how the warning names them.
+# The value in the checkpoint, the value of the optimizer that loads it, and the text of the warning.
 OTHER = {
     "variant": ("irprop-", "rprop+", "variant is 'irprop-', not 'rprop+'"),
     "lr": (0.1, 0.5, "lr is 0.1, not 0.5"),
@@ -94,9 +113,9 @@ def fresh(**options):
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_other_option_is_named_once_and_remedy_works(name):
-    theirs, ours, text = OTHER[name]
-    state, optimizer = saved(**{name: theirs}), fresh(**{name: ours})
+def test_replaced_option_is_warned_about(name):
+    in_state, own, text = OTHER[name]
+    state, optimizer = saved(**{name: in_state}), fresh(**{name: own})
     asked = optimizer.param_groups[0][name]
     words = f"replaced options of this optimizer: {re.escape(text)}. To keep "
     with pytest.warns(UserWarning, match=words) as caught:
@@ -108,7 +127,7 @@ def test_other_option_is_named_once_and_remedy_works(name):
     assert optimizer.state_dict()["param_groups"][0][name] == asked
 
 
-def test_groups_are_compared_one_by_one():
+def test_warning_names_the_parameter_group():
     groups = [{"params": torch.ones(2, requires_grad=True), "lr": lr} for lr in (0.1, 0.2, 0.3)]
     state = Rprop(groups, variant="rprop-").state_dict()
     groups = [{"params": torch.ones(2, requires_grad=True), "lr": lr} for lr in (0.1, 0.5, 0.3)]
@@ -118,7 +137,7 @@ def test_groups_are_compared_one_by_one():
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"),
+    ("in_state", "own"),
     [
         ({}, {}),
         ({"lr": 0.1}, {"lr": torch.tensor(0.1)}),
@@ -130,17 +149,16 @@ def test_groups_are_compared_one_by_one():
     ],
     ids=str,
 )
-def test_same_options_are_not_warned_of(theirs, ours):
-    fresh(**ours).load_state_dict(saved(**theirs))
+def test_same_options_give_no_warning(in_state, own):
+    fresh(**own).load_state_dict(saved(**in_state))
 
 
-def test_torch_checkpoint_is_not_warned_of():
-    state = run(torch.optim.Rprop, parameters(torch.float32), 1).optimizer.state_dict()
+def test_torch_checkpoint_gives_no_warning():
+    state = train(torch.optim.Rprop, parameters(torch.float32), 1).optimizer.state_dict()
     Rprop(parameters(torch.float32), variant="rprop+", weight_decay=0.25, max_iter=3).load_state_dict(state)
 
 
-def test_scheduled_lr_is_not_warned_of():
-    """What a scheduler made of lr is no other option."""
+def test_scheduled_lr_gives_no_warning():
     optimizers = [fresh(lr=0.1), fresh(lr=0.1)]
     for optimizer in optimizers:
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + step)
@@ -161,8 +179,8 @@ def test_only_the_first_rank_warns(rank, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ pickles
 
 
-def test_pickle_names_the_public_path_and_old_ones_load():
-    optimizer = run(Rprop, parameters(torch.float32), 2).optimizer
+def test_pickle_has_public_and_loads_old_path():
+    optimizer = train(Rprop, parameters(torch.float32), 2).optimizer
     assert (Rprop.__module__, Rprop.__qualname__) == ("lightning_rprop", "Rprop")
     text = pickle.dumps(optimizer, protocol=0)
     assert b"clightning_rprop\nRprop" in text
@@ -170,7 +188,7 @@ def test_pickle_names_the_public_path_and_old_ones_load():
     assert type(old) is Rprop
 
 
-def test_shared_loss_is_kept_by_copies_only():
+def test_shared_loss_survives_only_in_copies():
     optimizer = fresh()
     assert optimizer.shared_loss is False
     optimizer.shared_loss = True

@@ -1,4 +1,4 @@
-"""Numba's kernel: its threads, its cache on disk, and what is done without it."""
+"""Numba's kernel: its threads, and the memory of a step."""
 
 import os
 import threading
@@ -7,43 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from cases import gradients
-from programs import run
+from numba_programs import STEP, run_code
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim import _machine_code, _numba, _threads
+from lightning_rprop.optim import _numba, _threads
 
 LARGE = 4 * _numba._CHUNK
-
-# A process of its own: one step, or several, and what is asked of it then.
-STEP = """
-import sys, torch
-from lightning_rprop import Rprop
-from lightning_rprop.optim._dispatch import fused_for
-param = torch.nn.Parameter(torch.zeros(10))
-param.grad = torch.ones(10)
-optimizer = Rprop([param])
-optimizer.step()
-assert param.tolist() == [-torch.tensor(0.01).item()] * 10
-fused = not isinstance(fused_for(*[param.detach()] * 4, False), str)
-print("fused" if fused else "plain", "compiled" if "numba" in sys.modules else "loaded")
-"""
-
-
-def python(code, **environment):
-    """Run a program in a process of its own; give what it printed."""
-    return run(".", "-c", code, environment=environment, timeout=120).strip()
 
 
 @pytest.fixture
 def threads():
-    """Three threads, whatever the machine has."""
+    """Use three threads on any machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield 3
     torch.set_num_threads(before)
-
-
-# ------------------------------------------------------------------------------------------------------- threads
 
 
 @pytest.mark.parametrize(
@@ -51,7 +29,7 @@ def threads():
     [([LARGE], 3, 3), ([LARGE], 1, 1), ([1000] * 5, 3, 1), ([LARGE // 8] * 8, 3, 3), ([LARGE // 2], 3, 2), ([0], 3, 1)],
     ids=str,
 )
-def test_as_many_threads_as_the_work_is_worth_and_torch_allows(sizes, allowed, expected, threads, monkeypatch):
+def test_thread_count_depends_on_work(sizes, allowed, expected, threads, monkeypatch):
     torch.set_num_threads(allowed)
     asked = []
     pool = _threads._pool
@@ -65,7 +43,7 @@ def test_as_many_threads_as_the_work_is_worth_and_torch_allows(sizes, allowed, e
 
 
 def large_run(steps, **options):
-    """The parameter of several pieces, after steps beside a small one."""
+    """Return a parameter of several pieces after steps together with a small one."""
     p, small = torch.zeros(LARGE + 7, requires_grad=True), torch.zeros(5, requires_grad=True)
     optimizer = Rprop([small, p], **options)
     for step in range(steps):
@@ -74,7 +52,7 @@ def large_run(steps, **options):
     return p.detach()
 
 
-def test_several_python_threads_at_once(threads):
+def test_concurrent_threads_are_bit_exact(threads):
     expected = large_run(6, foreach=False)
     results = {}
     workers = [threading.Thread(target=lambda i=i: results.update({i: large_run(6, fused=True)})) for i in range(4)]
@@ -86,7 +64,7 @@ def test_several_python_threads_at_once(threads):
     assert all(torch.equal(result, expected) for result in results.values())
 
 
-def test_several_python_threads_at_once_compile_it(tmp_path):
+def test_concurrent_threads_compile_one_file(tmp_path):
     program = (
         "import threading\nstep = "
         + repr(STEP)
@@ -98,7 +76,7 @@ for worker in workers:
     worker.join()
 """
     )
-    lines = python(program, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
+    lines = run_code(program, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
     assert lines == ["fused compiled"] * 4
     assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == 1
 
@@ -118,7 +96,7 @@ def helped():
 step(grads[0])
 assert helped()
 child = os.fork()
-if child == 0:  # no operation of torch's with threads here: they would hang, as OpenMP's do not survive a fork
+if child == 0:  # torch operations with several threads would hang here: OpenMP threads do not survive a fork
     assert not helped()
     for grad in grads:
         step(grad)
@@ -135,14 +113,13 @@ print(p.double().sum().item(), optimizer.state[p]["step_size"].double().sum().it
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_after_a_fork():
-    """Threads do not survive it: the child makes its own."""
-    of_the_child, of_the_parent = python(FORK).splitlines()
-    assert of_the_child == of_the_parent
+def test_forked_child_starts_its_own_threads():
+    child, parent = run_code(FORK).splitlines()
+    assert child == parent
 
 
-def test_at_the_end_of_the_interpreter():
-    """No thread can be had then: the one that is there does it all."""
+def test_step_works_at_interpreter_exit():
+    """No thread can be started then, so the main thread does all the work."""
     program = """
 import atexit, torch
 from lightning_rprop import Rprop
@@ -156,177 +133,8 @@ def late():
     print(p.unique().tolist() == [torch.tensor(-0.022).item()] and optimizer.state[p]["step"].item())
 atexit.register(late)
 """
-    assert python(program) == "2.0"
+    assert run_code(program) == "2.0"
 
-
-# ------------------------------------------------------------------------------------------------- cache on disk
-
-
-def test_compiled_once_then_loaded_without_the_compiler(tmp_path):
-    place = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    assert python(STEP, **place) == "fused compiled"
-    (file,) = tmp_path.rglob("*.o")
-    whole = file.read_bytes()
-    assert python(STEP, **place) == "fused loaded"
-    assert file.read_bytes() == whole
-    # a damaged file is made anew, and nothing else is left there
-    for damaged in (whole[:1000], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
-        file.write_bytes(damaged)
-        assert python(STEP, **place) == "fused compiled"
-        assert len(file.read_bytes()) == len(whole)
-    assert [f for f in tmp_path.rglob("*") if f.is_file()] == [file]
-
-
-def test_nowhere_to_write(tmp_path):
-    """Each process compiles for itself then. (A file in the folder's place keeps even root from writing.)"""
-    occupied = tmp_path / "occupied"
-    occupied.write_text("")
-    assert python(STEP, NUMBA_CACHE_DIR=str(occupied), XDG_CACHE_HOME=str(occupied)) == "fused compiled"
-
-
-@pytest.mark.parametrize("variable", ["NUMBA_CACHE_DIR", "XDG_CACHE_HOME"])
-@pytest.mark.parametrize("folder", ["", ".", "cache", "here"])
-def test_cache_folder_does_not_hide_the_package(folder, variable, tmp_path):
-    """Empty and relative paths are ignored; a script's own folder may be named."""
-    home, here = tmp_path / "home", tmp_path / "here"
-    home.mkdir()
-    here.mkdir()
-    environment = {"HOME": str(home), "XDG_CACHE_HOME": "", "NUMBA_CACHE_DIR": ""}
-    environment[variable] = str(here) if folder == "here" else folder
-    (here / "script.py").write_text(STEP)
-    for expected in ("fused compiled", "fused loaded"):
-        assert run(here, "script.py", environment=environment, timeout=120).strip() == expected
-    (file,) = tmp_path.rglob("*.o")
-    assert file.parent == (here if folder == "here" else home / ".cache") / "lightning-rprop"
-
-
-def test_file_of_another_kernel_is_not_loaded(tmp_path):
-    place = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    python(STEP, **place)
-    (file,) = tmp_path.rglob("rprop_float32-*.o")
-    python(
-        STEP.replace("torch.zeros(10)", "torch.zeros(10).double()")
-        .replace("torch.ones(10)", "torch.ones(10).double()")
-        .replace("assert", "#"),
-        **place,
-    )
-    (other,) = tmp_path.rglob("rprop_float64-*.o")
-    file.write_bytes(other.read_bytes())
-    assert python(STEP, **place) == "fused compiled"
-    assert python(STEP, **place) == "fused loaded"
-
-
-def test_code_without_the_function_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    module = 'define void @"other"() { ret void }'
-    with pytest.raises(RuntimeError, match="The compiled code has no function rprop_missing"):
-        _machine_code.load("rprop_missing", "source", lambda: ("rprop_missing", module))
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
-@pytest.mark.parametrize("what", ["folder", "file"])
-@pytest.mark.parametrize("how", ["others", "group", "owner"])
-def test_code_that_others_could_write_is_not_loaded(how, what, tmp_path):
-    place = {"NUMBA_CACHE_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "home")}
-    python(STEP, **place)
-    (file,) = tmp_path.rglob("*.o")
-    assert (file.parent.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
-    target = file.parent if what == "folder" else file
-    if how == "owner":
-        if os.geteuid() != 0:
-            pytest.skip("only root can give a file away")
-        os.chown(target, 12345, -1)
-    else:
-        target.chmod(target.stat().st_mode | (0o002 if how == "others" else 0o020))
-    assert python(STEP, **place) == "fused compiled"
-    assert python(STEP, **place) == "fused loaded"  # from the next folder, or from the file that replaced it
-
-
-def test_no_home(tmp_path):
-    """As in a container that runs under a number without a name: it does not stop the step."""
-    program = "import os; os.environ.clear(); os.getuid = lambda: 54321\n" + STEP
-    assert python(program).startswith("fused")
-
-
-def test_the_package_folder_is_not_written_to(tmp_path):
-    folder = Path(_numba.__file__).parent
-
-    def files():
-        return {file for file in folder.rglob("*") if "__pycache__" not in file.parts}
-
-    before = files()
-    python(STEP, NUMBA_CACHE_DIR=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
-    assert files() == before
-    assert not list(folder.rglob("*.nbi"))
-
-
-def test_nothing_is_imported_before_it_is_needed():
-    program = """
-import sys, torch
-import lightning_rprop.optim
-print([name for name in ("numba", "llvmlite", "triton", "lightning_rprop.optim._triton") if name in sys.modules])
-"""
-    assert python(program) == "[]"
-
-
-# ------------------------------------------------------------------------------------------------- without Numba
-
-
-WITHOUT = """
-import sys, torch, warnings
-from lightning_rprop import Rprop
-sys.modules[MISSING] = sys.modules["llvmlite.binding"] = None
-params = [torch.nn.Parameter(torch.zeros(10, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
-for param in params:
-    param.grad = torch.ones_like(param)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    Rprop(params, fused=False).step()
-    assert not caught
-    for _ in range(2):
-        Rprop(params).step()
-    assert [-round(param[0].item(), 6) for param in params] == [0.03, 0.03]
-    try:
-        Rprop(params, fused=True)
-    except RuntimeError as error:
-        print(error)
-print(len(caught), caught[0].message)
-"""
-
-
-@pytest.mark.parametrize("missing", ["numba", "llvmlite"])
-def test_missing_compiler_is_told_once_and_done_without(missing, tmp_path):
-    """As if it were not installed: everything works as before, and fused=True says why it does not."""
-    program = WITHOUT.replace("MISSING", repr(missing))
-    error, warning = python(program, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
-    assert error.startswith("fused=True, but no fused kernel supports parameter 0: its compiler cannot be imported: ")
-    assert missing in error
-    assert warning.startswith("1 Rprop cannot use its faster fused kernel, because the compiler cannot be imported: ")
-    assert missing in warning
-    assert warning.endswith("or set fused=False to silence this warning.")
-
-
-def test_a_compiler_that_fails_is_told_once_and_done_without(tmp_path):
-    program = """
-import warnings
-from lightning_rprop.optim import _machine_code
-def fail(*_):
-    raise OSError("no compiler today")
-_machine_code.load = fail
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-""" + "\n".join("    " + line for line in STEP.strip().splitlines())
-    program += """
-    optimizer.step()
-print(len(caught), caught[0].message)
-"""
-    first, second = python(program, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
-    assert first == "plain loaded"
-    assert second.startswith("1 Rprop cannot use its faster fused kernel for torch.float32 on cpu: OSError")
-    assert second.endswith("no compiler today'). Set fused=False to silence this warning.")
-
-
-# -------------------------------------------------------------------------------------------------------- memory
 
 MEMORY = """
 import torch
@@ -348,10 +156,10 @@ print((kilobytes("VmHWM") - before) // 1000)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark of the memory")
-def test_a_step_takes_no_memory_of_a_parameters_size():
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs of Linux")
+def test_fused_step_needs_no_extra_memory():
     megabytes = [
-        int(python(MEMORY.replace("OPTIONS", repr(options)))) for options in ({"fused": True}, {"foreach": False})
+        int(run_code(MEMORY.replace("OPTIONS", repr(options)))) for options in ({"fused": True}, {"foreach": False})
     ]
     assert megabytes[0] < 2
-    assert megabytes[1] > 15  # so that the measure is seen to measure: a parameter has 16
+    assert megabytes[1] > 15  # the measurement works: a parameter has 16

@@ -1,4 +1,4 @@
-"""What the optimizer refuses, when, and what it says."""
+"""Invalid arguments and parameters raise an error before anything changes."""
 
 import pickle
 
@@ -14,25 +14,30 @@ def leaf(dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("kwargs", "exception", "message"), BAD.values(), ids=BAD)
-def test_bad_argument(kwargs, exception, message):
+def test_invalid_argument_is_refused(kwargs, exception, message):
     with pytest.raises(exception, match=message):
         Rprop([leaf()], **kwargs)
 
 
+def test_unhashable_variant_is_refused():
+    with pytest.raises(ValueError, match=r"Invalid variant: \[\]"):
+        Rprop([leaf()], variant=[])
+
+
 @pytest.mark.parametrize(("kwargs", "exception", "message"), BAD.values(), ids=BAD)
-def test_arguments_are_checked_before_the_parameters(kwargs, exception, message):
+def test_arguments_are_checked_before_params(kwargs, exception, message):
     with pytest.raises(exception, match=message):
         Rprop(None, **kwargs)
 
 
 @pytest.mark.parametrize(("kwargs", "exception", "message"), BAD.values(), ids=BAD)
-def test_bad_value_in_a_group(kwargs, exception, message):
+def test_invalid_option_of_group_is_refused(kwargs, exception, message):
     with pytest.raises(exception, match=message):
         Rprop([{"params": [leaf()]}, {"params": [leaf()], **kwargs}])
 
 
 @pytest.mark.parametrize(("kwargs", "exception", "message"), BAD.values(), ids=BAD)
-def test_bad_group_in_mid_run_is_not_added(kwargs, exception, message):
+def test_invalid_group_is_not_added(kwargs, exception, message):
     optimizer = Rprop([leaf()])
     before = pickle.dumps(optimizer.param_groups)
     with pytest.raises(exception, match=message):
@@ -42,7 +47,7 @@ def test_bad_group_in_mid_run_is_not_added(kwargs, exception, message):
 
 @pytest.mark.parametrize(("kwargs", "dtype", "message"), BAD_IN_DTYPE.values(), ids=BAD_IN_DTYPE)
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
-def test_argument_that_means_nothing_in_the_dtype(kwargs, dtype, message):
+def test_unrepresentable_argument_is_refused(kwargs, dtype, message):
     with pytest.raises(ValueError, match=message):
         Rprop([leaf(torch.float64), leaf(dtype)], **kwargs)
     optimizer = Rprop([leaf(torch.float64)])
@@ -54,7 +59,7 @@ def test_argument_that_means_nothing_in_the_dtype(kwargs, dtype, message):
 
 
 @pytest.mark.parametrize(("kwargs", "dtype"), GOOD_IN_DTYPE.values(), ids=GOOD_IN_DTYPE)
-def test_argument_just_inside_the_dtype(kwargs, dtype):
+def test_argument_at_dtype_limit_works(kwargs, dtype):
     p = leaf(dtype)
     optimizer = Rprop([p], **kwargs)
     sizes = []
@@ -77,7 +82,7 @@ def test_groups_hold_plain_python_values(kwargs, held, tmp_path):
         assert torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"][0]["etas"] == group["etas"]
 
 
-def test_generator_as_a_pair():
+def test_etas_accept_a_generator():
     assert Rprop([leaf()], etas=(x for x in (0.4, 1.3))).param_groups[0]["etas"] == (0.4, 1.3)
 
 
@@ -98,12 +103,12 @@ def test_unknown_group_keys_are_kept():
         ([("a", torch.ones(1)), torch.ones(1)], ValueError, "all optimizer params should be with/without names"),
     ],
 )
-def test_bad_parameters_get_torchs_words(params, exception, message):
+def test_invalid_params_raise_torch_errors(params, exception, message):
     with pytest.raises(exception, match=message):
         Rprop(params)
 
 
-def test_a_parameter_in_two_groups():
+def test_shared_parameter_is_refused():
     p = leaf()
     with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
         Rprop([{"params": p}, {"params": [p]}])
@@ -127,11 +132,11 @@ def test_unusable_parameter_is_refused_when_given(make, exception, message):
     with pytest.raises(exception, match=f"Rprop cannot update parameter 0: .*{message}"):
         optimizer.add_param_group({"params": make().requires_grad_()})
     assert len(optimizer.param_groups) == 1
-    frozen = Rprop([leaf(), make()])  # as torch takes it: without a gradient it is left alone
+    frozen = Rprop([leaf(), make()])  # allowed, as in torch, because it has no gradient
     frozen.step()
 
 
-# What cannot require a gradient, but have one.
+# An integer tensor cannot require a gradient, but it can have one.
 WITH_GRADIENT = UNUSABLE | {
     "int": (lambda: torch.ones(2, dtype=torch.int64), TypeError, "its dtype is torch.int64. Convert it to float64, ")
 }
@@ -139,7 +144,7 @@ WITH_GRADIENT = UNUSABLE | {
 
 @pytest.mark.parametrize("foreach", [None, False, True])
 @pytest.mark.parametrize(("make", "exception", "message"), WITH_GRADIENT.values(), ids=WITH_GRADIENT)
-def test_unusable_parameter_moves_nothing_at_a_step(make, exception, message, foreach):
+def test_step_with_unusable_moves_nothing(make, exception, message, foreach):
     first, unusable = leaf(), make()
     optimizer = Rprop([{"params": first}, {"params": [leaf(), unusable]}], foreach=foreach)
     first.grad, unusable.grad = torch.ones(2), torch.zeros_like(unusable)
@@ -148,7 +153,7 @@ def test_unusable_parameter_moves_nothing_at_a_step(make, exception, message, fo
     assert first.tolist() == [1.0, 1.0]
 
 
-def test_remedy_for_an_expanded_parameter():
+def test_remedy_for_expanded_parameter_works():
     param = torch.ones(1, 1).expand(1, 3)
     copied = torch.nn.Parameter(param.detach().contiguous())
     copied.grad = torch.ones(1, 3)
@@ -157,7 +162,7 @@ def test_remedy_for_an_expanded_parameter():
 
 
 @pytest.mark.parametrize("foreach", [None, False])
-def test_dtype_that_became_unusable_moves_nothing(foreach):
+def test_unusable_new_dtype_moves_nothing(foreach):
     first, other = leaf(), leaf()
     optimizer = Rprop([{"params": first}, {"params": other}], foreach=foreach)
     first.grad, other.grad = torch.ones(2), torch.ones(2)

@@ -1,15 +1,13 @@
-"""What ``step`` does around the rule: closures, hooks, groups, gradients that are not there, autograd, the compiler."""
+"""The step around the rule: closures, hooks, groups, missing gradients, errors, autograd and CUDA graphs."""
 
 import pytest
 import torch
-from cases import PATHS, assert_same, gradients, parameters, proceed, run
+from cases import BY_PATH, assert_same, gradients, parameters, set_gradients, train, train_more
 
 from lightning_rprop import Rprop
 
-BY_PATH = pytest.mark.parametrize("foreach", PATHS.values(), ids=PATHS)
 
-
-def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
+def test_step_returns_the_loss_of_closure():
     p = torch.tensor([2.0], requires_grad=True)
     optimizer = Rprop([p], lr=0.5)
 
@@ -26,8 +24,8 @@ def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
     assert Rprop([p]).step() is None
 
 
-def test_closure_that_fails_moves_nothing():
-    one = run(Rprop, parameters(torch.float32), 3)
+def test_failing_closure_moves_nothing():
+    one = train(Rprop, parameters(torch.float32), 3)
     before = [p.detach().clone() for p in one.params]
 
     def closure():
@@ -54,7 +52,7 @@ def test_step_hooks_run_in_order():
 
 @BY_PATH
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"weight_decay": 0.1}], ids=str)
-def test_gradients_are_never_written_to(foreach, options):
+def test_gradients_are_not_modified(foreach, options):
     params = parameters(torch.float32) + parameters(torch.complex64)
     optimizer = Rprop(params, foreach=foreach, **options)
     for step in range(5):
@@ -68,7 +66,7 @@ def test_gradients_are_never_written_to(foreach, options):
 
 
 @BY_PATH
-def test_parameters_without_gradient_are_left_alone(foreach):
+def test_missing_gradients_match_torch(foreach):
     runs = []
     for cls in (Rprop, torch.optim.Rprop):
         params = parameters(torch.float32)
@@ -77,13 +75,13 @@ def test_parameters_without_gradient_are_left_alone(foreach):
             for i, (p, g) in enumerate(zip(params, gradients(params, step), strict=True)):
                 p.grad = None if (step + i) % 3 == 0 or i == 2 else g
             optimizer.step()
-        runs.append(run(cls, params, 0))
+        runs.append(train(cls, params, 0))
         runs[-1].optimizer = optimizer
     assert runs[0].params[2] not in runs[0].optimizer.state
     assert_same(*runs)
 
 
-def test_no_gradient_at_all_and_empty_group_are_no_ops():
+def test_step_without_gradients_is_a_no_op():
     p = torch.ones(1, requires_grad=True)
     optimizer = Rprop([{"params": [p]}, {"params": []}])
     optimizer.step()
@@ -93,32 +91,32 @@ def test_no_gradient_at_all_and_empty_group_are_no_ops():
 
 
 @BY_PATH
-def test_groups_have_their_own_options_and_come_in_mid_run(foreach):
+def test_groups_added_later_match_torch(foreach):
     runs = []
     for cls in (Rprop, torch.optim.Rprop):
         a, b, c = (parameters(torch.float32, seed) for seed in range(3))
-        one = run(
+        one = train(
             cls, [{"params": a, "lr": 0.5, "etas": (0.1, 3.0)}, {"params": b, "maximize": True}], 0, foreach=foreach
         )
         one.params = a + b
-        proceed(one, 5, seed=1)
+        train_more(one, 5, seed=1)
         one.optimizer.add_param_group({"params": iter(c), "step_sizes": (0.1, 0.2)})
         one.params = a + b + c
-        runs.append(proceed(one, 10, seed=2))
+        runs.append(train_more(one, 10, seed=2))
     assert_same(*runs)
-    alone = run(Rprop, parameters(torch.float32, 0), 0)
-    assert not torch.equal(runs[0].params[3], proceed(alone, 5, seed=1).params[3])
+    alone = train(Rprop, parameters(torch.float32, 0), 0)
+    assert not torch.equal(runs[0].params[3], train_more(alone, 5, seed=1).params[3])
 
 
 @BY_PATH
-def test_mixed_dtypes_in_one_group(foreach):
+def test_mixed_dtypes_in_a_group_match_torch(foreach):
     kinds = (torch.float32, torch.bfloat16, torch.complex64, torch.float64)
     ours, theirs = ([p for d in kinds for p in parameters(d)] for _ in range(2))
-    assert_same(run(Rprop, ours, 15, foreach=foreach), run(torch.optim.Rprop, theirs, 15, foreach=foreach))
+    assert_same(train(Rprop, ours, 15, foreach=foreach), train(torch.optim.Rprop, theirs, 15, foreach=foreach))
 
 
 @BY_PATH
-def test_sparse_gradient_is_refused_before_anything_moves(foreach):
+def test_sparse_gradient_is_refused(foreach):
     params = [torch.ones(2, 2, requires_grad=True) for _ in range(3)]
     optimizer = Rprop([{"params": params[:1]}, {"params": params[1:]}], foreach=foreach)
     for p, g in zip(params, (torch.ones(2, 2), torch.ones(2, 2), torch.eye(2).to_sparse()), strict=True):
@@ -129,7 +127,7 @@ def test_sparse_gradient_is_refused_before_anything_moves(foreach):
     assert not optimizer.state
 
 
-def test_capturable_on_the_cpu_is_refused_before_anything_moves():
+def test_capturable_on_cpu_is_refused():
     params = [torch.ones(1, requires_grad=True) for _ in range(2)]
     optimizer = Rprop([{"params": params[:1]}, {"params": params[1:], "capturable": True}])
     for p in params:
@@ -139,10 +137,27 @@ def test_capturable_on_the_cpu_is_refused_before_anything_moves():
     assert all(p.item() == 1.0 for p in params)
 
 
-def test_gradients_of_another_layout_than_the_parameter():
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"foreach": True}])
+@pytest.mark.parametrize("shapes", [((6000,), (7000,)), ((1,), (4,)), ((2, 3), (3, 2))])
+def test_changed_shape_moves_nothing(shapes, options):
+    first, changed = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(shapes[0]))
+    optimizer = Rprop([first, changed], **options)
+    for param in (first, changed):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = first.detach().clone()
+    changed.data = torch.ones(shapes[1])
+    changed.grad = torch.ones(shapes[1])
+    with pytest.raises(RuntimeError, match=r"parameter 1 has the shape .* create a new optimizer"):
+        optimizer.step()
+    assert torch.equal(first, before)
+    assert [state["step"].item() for state in optimizer.state.values()] == [1, 1]
+
+
+def test_transposed_gradient_matches_torch():
     runs = []
     for cls in (Rprop, torch.optim.Rprop):
-        one = run(cls, [torch.ones(4, 6, requires_grad=True)], 0)
+        one = train(cls, [torch.ones(4, 6, requires_grad=True)], 0)
         for step in range(8):
             one.params[0].grad = gradients([torch.empty(6, 4)], step)[0].T
             one.optimizer.step()
@@ -150,7 +165,7 @@ def test_gradients_of_another_layout_than_the_parameter():
     assert_same(*runs)
 
 
-def test_conjugated_gradient():
+def test_conjugated_gradient_is_resolved():
     p = torch.zeros(3, dtype=torch.complex64, requires_grad=True)
     p.grad = torch.tensor([1 + 1j, 1 - 1j, -1j]).conj()
     assert p.grad.is_conj()
@@ -158,7 +173,7 @@ def test_conjugated_gradient():
     assert torch.equal(p.detach(), torch.tensor([-0.5 + 0.5j, -0.5 - 0.5j, -0.5j]))
 
 
-def test_learning_rate_scheduler_acts_on_parameters_seen_later():
+def test_scheduler_sets_lr_of_late_parameters():
     a, b = (torch.zeros(1, requires_grad=True) for _ in range(2))
     optimizer = Rprop([a, b], lr=1.0, etas=(0.5, 2.0))
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
@@ -171,8 +186,8 @@ def test_learning_rate_scheduler_acts_on_parameters_seen_later():
     assert b.item() == -0.5
 
 
-def test_differentiable_goes_back_through_several_steps():
-    """By hand: w moves by multiples of D0 that only the signs decide, so dw/dw0 = 1 and dw/dD0 is their sum."""
+def test_differentiable_through_several_steps():
+    """Each move is a multiple of D0 that depends only on signs, so dw/dw0 is 1 and dw/dD0 is their sum."""
     w0 = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64, requires_grad=True)
     step_size0 = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
     w = w0.clone()
@@ -181,20 +196,19 @@ def test_differentiable_goes_back_through_several_steps():
     for _ in range(3):
         (w.grad,) = torch.autograd.grad(w.clone().square().sum(), w, create_graph=True)
         optimizer.step()
-    # 1 - .5 - 1 -> -.5: flip, no move; 2 - .5 - 1 - 2 -> -1.5; -3 + .5 + 1 + 2 -> .5
+    # 1 - 0.5 - 1 = -0.5, then a flip without a move; 2 - 0.5 - 1 - 2 = -1.5; -3 + 0.5 + 1 + 2 = 0.5
     assert w.tolist() == [-0.5, -1.5, 0.5]
     w.sum().backward()
     assert w0.grad.tolist() == [1.0, 1.0, 1.0]
     assert step_size0.grad.tolist() == [-3.0, -7.0, 7.0]
 
 
-def test_differentiable_equals_the_ordinary_step():
-    ordinary = run(Rprop, parameters(torch.float64), 20)
+def test_differentiable_matches_ordinary_step():
+    ordinary = train(Rprop, parameters(torch.float64), 20)
     params = [p.clone() for p in parameters(torch.float64)]
     optimizer = Rprop(params, differentiable=True)
     for step in range(20):
-        for p, g in zip(params, gradients(params, 1000 + step), strict=True):
-            p.grad = g
+        set_gradients(params, 1000 + step)
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(params, ordinary.params, strict=True))
 
@@ -203,7 +217,7 @@ def test_differentiable_equals_the_ordinary_step():
 @pytest.mark.parametrize(
     "options", [{}, {"fused": True}, {"foreach": False}, {"foreach": True}, {"capturable": True}], ids=str
 )
-def test_cuda_equals_cpu(options):
+def test_cuda_matches_cpu_exactly(options):
     gpu, cpu = ([p for d in (torch.float32, torch.bfloat16) for p in parameters(d)] for _ in range(2))
     gpu = [p.detach().cuda().requires_grad_() for p in gpu]
     a, b = Rprop(gpu, **options), Rprop(cpu)
@@ -216,7 +230,7 @@ def test_cuda_equals_cpu(options):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graph_capture():
+def test_cuda_graph_matches_eager_steps():
     params = [p.detach().cuda().requires_grad_() for p in parameters(torch.float32)]
     plain = [p.detach().clone().requires_grad_() for p in params]
     for p in params:
@@ -224,12 +238,12 @@ def test_cuda_graph_capture():
     refused = Rprop(params)
     optimizer, eager = Rprop(params, capturable=True), Rprop(plain)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        torch.zeros(1, device="cuda")  # torch warns of an empty graph
+        torch.zeros(1, device="cuda")  # torch warns about an empty graph
         with pytest.raises(RuntimeError, match="Construct Rprop with capturable=True"):
             refused.step()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        optimizer.step()  # makes the state
+        optimizer.step()  # creates the state
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""The private names of torch are in one file and hold for the releases that are named here."""
+"""The private names of torch are in one file and work with the supported releases."""
 
 import ast
 import inspect
@@ -28,7 +28,7 @@ FOREACH = {
     "full_batch/_evaluation.py": "scales all gradients in one call",
     "full_batch/_atomic_step.py": "copies all tensors in one call",
 }
-# Files that collect the private names of other packages.
+# Files that collect the private names of their package.
 OTHERS = {"_torch.py", "_lightning.py", "_hydra.py"}
 
 
@@ -41,7 +41,7 @@ def sources():
 
 
 def private_attributes(tree):
-    """Names like ``x._name``, where x is not self or cls."""
+    """Return names like ``x._name``, where x is not self or cls."""
     return {
         node.attr
         for node in ast.walk(tree)
@@ -59,7 +59,7 @@ def test_claimed_releases_are_those_checked():
 
 
 def test_private_names_are_in_one_file():
-    """A private attribute elsewhere is one that torch does not have, or a foreach function."""
+    """Private attributes in other files do not exist in torch, or are foreach functions."""
     owners = (torch, torch.Tensor, torch._C, DataLoader, torch.optim.Optimizer, distributed_c10d, torch.nn.Module)
     found = {
         (file, name)
@@ -80,7 +80,7 @@ def test_foreach_functions_exist():
 
 
 def test_private_strings_are_in_one_file():
-    """Such as the name of an attribute for getattr()."""
+    """They are attribute names for getattr()."""
     strings = {"_iterator", "_shutdown_workers", "_get_iterator", _torch.FSDP_MARK}
     for file, tree in sources().items():
         found = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) if node.value in strings}
@@ -105,7 +105,7 @@ def test_is_watched_inside_a_mode_only():
         assert not _torch.is_simulating()
 
 
-def test_is_simulating_inside_fake_and_tracing_modes():
+def test_is_simulating_inside_modes_only():
     assert not _torch.is_simulating()
     with FakeTensorMode():
         assert _torch.is_simulating()
@@ -242,5 +242,5 @@ def test_abort_process_group_aborts_the_default(tmp_path, monkeypatch):
 
 
 def test_compiler_calls_init_group():
-    """The method that Rprop overrides, with five empty lists."""
+    """torch.compile calls the method that Rprop overrides."""
     assert "_init_group" in inspect.getsource(dynamo_optimizer)

@@ -1,4 +1,4 @@
-"""The kernel for CUDA, without a GPU: run by Triton's interpreter, and compiled for GPUs that are not there."""
+"""The CUDA kernel without a GPU: run by Triton's interpreter, and compiled for a GPU."""
 
 import os
 import re
@@ -12,9 +12,17 @@ from programs import run
 
 TESTS = Path(__file__).parent
 
-# The tests of the fused path, with Triton's kernel in it; those left out repeat others on longer trajectories.
+# The tests of the fused path, except those that only repeat others on longer trajectories.
 SELECTION = "fused and not function and not maximizing and not complex128 and not complex32"
-FILES = ("test_parity.py", "test_family.py", "test_step.py", "test_fused.py")
+FILES = (
+    "test_parity.py",
+    "test_rules.py",
+    "test_rule_mutants.py",
+    "test_step.py",
+    "test_step_loss.py",
+    "test_fused.py",
+    "test_fused_steps.py",
+)
 
 
 def test_under_the_interpreter():
@@ -55,18 +63,18 @@ for which in (0, 1, 0, 1, 0):
 """
 
 
-def test_one_launch_for_each_dtype_and_a_table_only_for_new_addresses():
+def test_each_dtype_needs_one_launch():
     first, second, *others = run(".", "-c", LAUNCHES, environment={"TRITON_INTERPRET": "1"}).splitlines()
-    assert first.split()[0] in ("2", "4")  # each kernel is tried out before its first launch
+    assert first.split()[0] in ("2", "4")  # includes a trial launch of each kernel
     assert first.split()[1] in ("2", "4")
-    assert second == "2 2"
+    assert second == "2 2"  # new gradients need new tables
     assert others == ["2 0"] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("take_back", ["constexpr", "*i1"], ids=["never", "from memory"])
-def test_compiles_for_a_gpu(dtype, take_back):
-    """To machine code, without a contracted multiply-add, with 16 bytes in each load but at a tensor's end."""
+def test_kernel_compiles_for_a_gpu(dtype, take_back):
+    """The code has no fused multiply-add, which rounds differently, and loads and stores 16 bytes at a time."""
     import triton.language as tl
     from triton import compile
     from triton.backends.compiler import GPUTarget
