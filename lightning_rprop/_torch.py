@@ -59,6 +59,11 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def buffer_dicts(module: nn.Module) -> list[dict[str, Tensor | None]]:
+    """Return the dicts that hold the buffers of a module and its submodules, where an assigned buffer is replaced."""
+    return [each._buffers for each in module.modules()]
+
+
 def has_gradient_hooks(param: Tensor) -> bool:
     """Return whether ``register_hook()`` or ``register_post_accumulate_grad_hook()`` was called."""
     return bool(param._backward_hooks or param._post_accumulate_grad_hooks)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_rprop._torch import buffer_dicts
 from lightning_rprop.optim._sharding import PLAIN, local
 
 
@@ -152,7 +153,7 @@ class Buffers:
 
     def find(self) -> None:
         """Find the submodules and the frozen parameters; once per epoch, because it is slow."""
-        self._homes = [each._buffers for each in self._module.modules()]
+        self._homes = buffer_dicts(self._module)
         self._frozen = [param for param in self._module.parameters() if not param.requires_grad]
 
     def take(self) -> None:

@@ -103,7 +103,7 @@ def measure(
     for scope, members in scopes.items():
         tensors = [step_sizes[i] for i in members if i in step_sizes]
         if levels and gather is None:
-            parts["quantiles", scope] = _quantiles(tensors, levels)
+            parts["quantiles", scope] = statistics.quantiles(tensors, levels)
         elif levels:
             parts["quantiles", scope] = statistics.sketch(tensors, _sketch_size([rows[i].param for i in members]))
         if plan.histogram:
@@ -139,12 +139,6 @@ def _table(
         if -1 not in found:
             table[statistics.GRADIENTS, found] = summary.table.to(device)
     return table
-
-
-def _quantiles(step_sizes: Sequence[Tensor], levels: Sequence[float]) -> Tensor:
-    if not any(map(Tensor.numel, step_sizes)):
-        return torch.full((len(levels),), torch.nan)
-    return statistics.quantiles(step_sizes, levels)
 
 
 def _sketch_size(params: Sequence[Tensor]) -> int:

@@ -136,12 +136,14 @@ def quantiles(step_sizes: Sequence[Tensor], levels: Sequence[float]) -> Tensor:
     """Compute quantiles of all elements of some tensors, interpolated linearly as in ``torch.quantile``.
 
     Args:
-        step_sizes: Real tensors of any floating-point dtypes and devices, with at least one element in total.
+        step_sizes: Real tensors of any floating-point dtypes and devices; may be empty.
         levels: From 0 to 1.
 
     Returns:
-        The quantiles, shape ``(len(levels),)``.
+        The quantiles, shape ``(len(levels),)``; NaN if there are no elements.
     """
+    if not any(map(Tensor.numel, step_sizes)):
+        return torch.full((len(levels),), torch.nan)
     elements = _joined(step_sizes)
     places = [level * (elements.numel() - 1) for level in levels]
     indices = [math.floor(place) for place in places] + [math.ceil(place) for place in places]

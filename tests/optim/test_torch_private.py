@@ -60,7 +60,7 @@ def test_claimed_releases_are_those_checked():
 
 def test_private_names_are_in_one_file():
     """Private attributes in other files do not exist in torch, or are foreach functions."""
-    owners = (torch, torch.Tensor, torch._C, DataLoader, torch.optim.Optimizer, distributed_c10d, torch.nn.Module)
+    owners = (torch, torch.Tensor, torch._C, DataLoader, torch.optim.Optimizer, distributed_c10d, torch.nn.Module())
     found = {
         (file, name)
         for file, tree in sources().items()
@@ -151,6 +151,15 @@ def test_version_counts_in_place_changes():
     assert _torch.version_of(tensor) == before + 1
     with torch.inference_mode():
         assert _torch.version_of(torch.ones(2)) == 0
+
+
+def test_buffer_dicts_replace_buffers():
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Identity())
+    first, outer, last = (dict(buffers) for buffers in [*_torch.buffer_dicts(module)][:3])
+    assert (first, last) == ({}, {})
+    assert outer.keys() == {"running_mean", "running_var", "num_batches_tracked"}
+    _torch.buffer_dicts(module)[1]["running_mean"] = torch.ones(2)
+    assert torch.equal(module[0].running_mean, torch.ones(2))
 
 
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
