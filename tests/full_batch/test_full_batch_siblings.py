@@ -146,7 +146,7 @@ def test_tensor_beside_the_fields_is_refused():
 def test_remedy_for_a_list_fits_its_samples(data, remedy):
     with pytest.raises((ValueError, TypeError)) as error:
         FullBatchLoader(data)
-    assert remedy in str(error.value) or "beside the fields" in str(error.value)
+    assert remedy in str(error.value) or "but not a field of" in str(error.value)
     if "default_collate" in remedy:
         FullBatchLoader(default_collate(data), 7)
 
