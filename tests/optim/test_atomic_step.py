@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import set_gradients
+from lit import all_equal
 from programs import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,11 +63,11 @@ def test_failed_step_changes_nothing(path, options):
             break
         except torch.OutOfMemoryError:
             failures += 1
-            assert all(map(torch.equal, snapshot(params, optimizer), before))
+            assert all_equal(snapshot(params, optimizer), before)
     assert failures > 20
     set_gradients(others, 2)
     undisturbed.step(loss=2.0)
-    assert all(map(torch.equal, snapshot(params, optimizer), snapshot(others, undisturbed)))
+    assert all_equal(snapshot(params, optimizer), snapshot(others, undisturbed))
 
 
 @pytest.mark.parametrize("path", [{}, *UNFUSED], ids=str)
@@ -77,13 +78,13 @@ def test_failed_first_step_leaves_loadable_state(path):
     for failures in range(12):
         with pytest.raises(torch.OutOfMemoryError), OutOfMemory(failures):
             optimizer.step(loss=1.0)
-        assert all(map(torch.equal, params, before))
+        assert all_equal(params, before)
         make({"variant": "irprop+"})[1].load_state_dict(optimizer.state_dict())
     optimizer.step(loss=1.0)
     others, undisturbed = make({"variant": "irprop+"} | path)
     set_gradients(others, 0)
     undisturbed.step(loss=1.0)
-    assert all(map(torch.equal, snapshot(params, optimizer), snapshot(others, undisturbed)))
+    assert all_equal(snapshot(params, optimizer), snapshot(others, undisturbed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
@@ -99,7 +100,7 @@ def test_shared_scratch_memory_is_bit_exact(options, dtype, monkeypatch):
             set_gradients(params, seed)
             optimizer.step(loss=float(seed % 3))
         results.append(snapshot(params, optimizer))
-    assert all(map(torch.equal, *results))
+    assert all_equal(*results)
 
 
 RLIMIT = """

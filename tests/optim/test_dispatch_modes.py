@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cases import VARIANTS, assert_same, parameters, set_gradients, train
+from lit import all_equal
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -137,7 +138,7 @@ def test_traced_step_gives_the_same_bits(variant, path):
     graph = make_fx(step)(*fresh())
     with torch.no_grad():
         traced = graph(*fresh())
-    assert all(map(torch.equal, traced, step(*fresh())))
+    assert all_equal(traced, step(*fresh()))
 
 
 def test_fused_true_checks_materialized_params():
