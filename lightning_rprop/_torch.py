@@ -22,6 +22,9 @@ _SIMULATED = frozenset({"FakeTensor", "FunctionalTensor"})
 # The attribute that marks the parameters of FullyShardedDataParallel (version 1), which have the ordinary type.
 FSDP_MARK = "_fsdp_flattened"
 
+# Prefixes that torch.compile and FSDP insert into parameter names.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
+
 
 def is_watched() -> bool:
     """Return whether a ``TorchDispatchMode`` is active, which would not see what a custom kernel does."""
@@ -57,6 +60,13 @@ def version_of(tensor: Tensor) -> int:
     There is no other way to find out that a tensor was written to without reading it.
     """
     return 0 if tensor.is_inference() else tensor._version
+
+
+def plain_name(name: str) -> str:
+    """Remove the prefixes of module wrappers from a parameter name."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def buffer_dicts(module: nn.Module) -> list[dict[str, Tensor | None]]:

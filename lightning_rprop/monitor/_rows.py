@@ -9,14 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_rprop._lightning import innermost
+from lightning_rprop._torch import plain_name
 from lightning_rprop.monitor._statistics import Gradients
 from lightning_rprop.optim._sharding import aligned, as_real, is_sharded, is_slice, local
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-
-# What torch.compile and FSDP insert into parameter names.
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
 
 
 class Row(NamedTuple):
@@ -100,13 +98,6 @@ def list_rows(optimizers: Sequence[Any], names: Mapping[int, str], rank: int) ->
                 is_counted = _is_first_replica(param, rank) if own is None else id(param) in own
                 rows.append(Row(name, label, param, group, inner, is_counted))
     return rows
-
-
-def plain_name(name: str) -> str:
-    """Remove what module wrappers insert into a parameter name."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def are_distributed(optimizers: Iterable[Any]) -> bool:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_rprop._lightning import is_called, logged_step
 from lightning_rprop._ranks import check_agreement
+from lightning_rprop._torch import plain_name
 from lightning_rprop.monitor._arguments import (
     check_choice,
     check_flag,
@@ -26,7 +27,7 @@ from lightning_rprop.monitor._history import History
 from lightning_rprop.monitor._loggers import send
 from lightning_rprop.monitor._names import DEFAULT, PREFIX, key_of
 from lightning_rprop.monitor._record import GradientSummary, Plan, Record, measure, summarize_gradients
-from lightning_rprop.monitor._rows import Listing, find_rprop, plain_name
+from lightning_rprop.monitor._rows import Listing, find_rprop
 from lightning_rprop.monitor._warnings import TOPICS, Advice, why_no_record
 
 if TYPE_CHECKING:

@@ -208,7 +208,7 @@ def fused_for(param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, take
         strides = [tensor.stride() for tensor in four]
         if strides != [strides[0]] * 4:
             return f"parameter, gradient, prev and step_size differ in strides: {', '.join(map(str, strides))}"
-        if not is_dense(param):
+        if not _is_dense(param):
             return f"its memory has gaps or overlaps: shape {tuple(param.shape)}, strides {strides[0]}"
     if any(map(Tensor.is_neg, four)):
         return "a tensor has its negative bit set, see torch.Tensor.resolve_neg"
@@ -227,7 +227,7 @@ def _implementation(param: Tensor, take_back: bool | Tensor) -> Update | str:
     return _load(param.device, param.dtype)
 
 
-def is_dense(tensor: Tensor) -> bool:
+def _is_dense(tensor: Tensor) -> bool:
     """Return whether the elements fill a contiguous piece of memory, in any order."""
     size = 1
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.variables import optimizer as dynamo_optimizer
 from torch._subclasses import FakeTensorMode
 from torch.distributed import distributed_c10d
-from torch.distributed.fsdp import _flat_param
+from torch.distributed.fsdp import _flat_param, fully_sharded_data_parallel
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
@@ -188,6 +188,14 @@ def test_fsdp_marks_its_parameters():
     tensor = torch.nn.Parameter(torch.ones(1))
     _flat_param._set_fsdp_flattened(tensor)
     assert hasattr(tensor, _torch.FSDP_MARK)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_plain_name_has_no_wrapper_prefixes():
+    compiled = torch.compile(torch.nn.Sequential(torch.nn.Linear(1, 1)))
+    names = [name for name, _ in compiled.named_parameters()]
+    assert [_torch.plain_name(name) for name in names] == ["0.weight", "0.bias"] != names
+    assert _torch.plain_name(f"{fully_sharded_data_parallel.FSDP_WRAPPED_MODULE}.net.weight") == "net.weight"
 
 
 class Changed(DataLoader):
