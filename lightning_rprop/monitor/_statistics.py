@@ -17,13 +17,14 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 # The rows of a table.
-_STEP_SIZES = ("count", "sum", "at_lower", "at_upper", "min", "max", "lower", "upper", "log_mean", "log_squares")
+_STEP_SIZES = ("count", "lower", "upper", "sum", "at_lower", "at_upper", "min", "max", "log_mean", "log_squares")
 _GRADIENTS = ("gradients", "changed", "compared", "zero", "nonfinite")
 _ROWS = (*_STEP_SIZES, *_GRADIENTS)
 STEP_SIZES, GRADIENTS = slice(0, len(_STEP_SIZES)), slice(len(_STEP_SIZES), len(_ROWS))
 
 _COUNT, _LOG_MEAN, _LOG_SQUARES = map(_ROWS.index, ("count", "log_mean", "log_squares"))
 _MINIMA, _MAXIMA = [_ROWS.index("min"), _ROWS.index("lower")], [_ROWS.index("max"), _ROWS.index("upper")]
+_EMPTY = [math.inf if i in _MINIMA else -math.inf if i in _MAXIMA else 0.0 for i in range(len(_ROWS))]
 
 # Step sizes that a process sends to the others for a quantile; larger shards are sampled.
 SKETCH = 4096
@@ -41,9 +42,7 @@ class Gradients(NamedTuple):
 
 def empty_table(n: int, device: torch.device) -> Tensor:
     """Return a table of ``n`` empty columns, shape ``(15, n)``; ``STEP_SIZES`` and ``GRADIENTS`` select its rows."""
-    table = torch.zeros(len(_ROWS), n, dtype=_wide_dtype(device), device=device)
-    table[_MINIMA], table[_MAXIMA] = torch.inf, -torch.inf
-    return table
+    return torch.tensor(_EMPTY, dtype=_wide_dtype(device), device=device).unsqueeze(1).repeat(1, n)
 
 
 def step_size_table(
@@ -60,7 +59,11 @@ def step_size_table(
     Returns:
         The ``STEP_SIZES`` rows of a table, shape ``(10, len(step_sizes))``, on the first tensor's device.
     """
-    return _stacked([_summary(tensor, *limits, logs) for tensor, limits in zip(step_sizes, bounds, strict=True)])
+    pairs = [*zip(step_sizes, bounds, strict=True)]
+    sums = _stacked([_sums(tensor, *limits) for tensor, limits in pairs])
+    logarithms = _stacked([*map(_log_moments, step_sizes)]) if logs else torch.zeros_like(sums[:2])
+    known = [(tensor.numel(), *limits) if tensor.numel() else (0, torch.inf, -torch.inf) for tensor, limits in pairs]
+    return torch.cat([sums.new_tensor(known).T, sums, logarithms.to(sums.dtype)])
 
 
 def gradient_table(gradients: Gradients) -> Tensor:
@@ -75,7 +78,10 @@ def gradient_table(gradients: Gradients) -> Tensor:
         The ``GRADIENTS`` rows of a table, shape ``(5, n)``, on the first tensor's device: the number of entries, of
         changed signs, of entries with two signs to compare, and of zero and nonfinite entries before weight decay.
     """
-    return _stacked([_comparison(*each) for each in zip(*gradients, strict=True)])
+    counts = _stacked([_counts(*each) for each in zip(*gradients, strict=True)])
+    changed, kept, nonzero, nonfinite = counts.to(_wide_dtype(counts.device))
+    entries = changed.new_tensor([grad.numel() for grad in gradients.grads])
+    return torch.stack([entries, changed, changed + kept, entries - nonzero, nonfinite])
 
 
 def merge(tables: Array) -> Array:
@@ -216,46 +222,38 @@ def histogram(step_sizes: Sequence[Tensor], low: float, high: float, bins: int) 
     return torch.histc(logarithms, bins, low, high)
 
 
-def _summary(tensor: Tensor, lower: float, upper: float, logs: bool) -> Tensor:
-    """Return a tensor's column of :func:`step_size_table`."""
-    n = tensor.numel()
-    if not n:
-        return _column(tensor, 0, 0, 0, 0, torch.inf, -torch.inf, torch.inf, -torch.inf, 0, 0)
-    total = tensor.sum(dtype=_wide_dtype(tensor.device))
+def _sums(tensor: Tensor, lower: float, upper: float) -> Tensor:
+    """Return sum, number at each bound, minimum and maximum of a tensor."""
+    dtype = _wide_dtype(tensor.device)
+    if not tensor.numel():
+        return tensor.new_tensor([0, 0, 0, torch.inf, -torch.inf], dtype=dtype)
     at_lower, at_upper = torch.count_nonzero(tensor <= lower), torch.count_nonzero(tensor >= upper)
-    log_variance, log_mean = _log_moments(tensor) if logs else (0, 0)
-    return _column(
-        tensor, n, total, at_lower, at_upper, *torch.aminmax(tensor), lower, upper, log_mean, log_variance * n
-    )
+    return torch.stack([tensor.sum(dtype=dtype), at_lower, at_upper, *torch.aminmax(tensor)])
 
 
-def _log_moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def _log_moments(tensor: Tensor) -> Tensor:
+    """Return mean and sum of squared deviations of log10 of a tensor."""
+    if not tensor.numel():
+        return tensor.new_zeros(2)
     tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-    return torch.var_mean(tensor.log10(), correction=0)
+    variance, mean = torch.var_mean(tensor.log10(), correction=0)
+    return torch.stack([mean, variance * tensor.numel()])
 
 
-def _comparison(grad: Tensor, prev: Tensor | None, param: Tensor, weight_decay: float, maximize: bool) -> Tensor:
-    """Return a parameter's column of :func:`gradient_table`."""
-    n = grad.numel()
-    zero = n - torch.count_nonzero(grad)
+def _counts(grad: Tensor, prev: Tensor | None, param: Tensor, weight_decay: float, maximize: bool) -> Tensor:
+    """Count changed signs, kept signs, nonzero and nonfinite entries of a gradient."""
+    nonzero = torch.count_nonzero(grad)
     nonfinite = torch.count_nonzero(grad - grad)  # 0 if finite, else NaN; isfinite() is several passes over memory
-    changed: Tensor | int = 0
-    kept: Tensor | int = 0
-    if prev is not None:
-        signed = (-grad if maximize else grad).add(param, alpha=weight_decay) if weight_decay or maximize else grad
-        agreement = signed.sign().mul_(prev.sign())  # a product of gradients would underflow
-        changed, kept = torch.count_nonzero(agreement < 0), torch.count_nonzero(agreement > 0)
-    return _column(grad, n, changed, changed + kept, zero, nonfinite)
-
-
-def _column(like: Tensor, *values: Tensor | float) -> Tensor:
-    """Stack numbers and one-element tensors on a tensor's device, without a transfer to the host."""
-    dtype = _wide_dtype(like.device)
-    return torch.stack([torch.as_tensor(value, dtype=dtype, device=like.device) for value in values])
+    if prev is None:
+        return torch.stack([torch.zeros_like(nonzero), torch.zeros_like(nonzero), nonzero, nonfinite])
+    signed = (-grad if maximize else grad).add(param, alpha=weight_decay) if weight_decay or maximize else grad
+    agreement = signed.sign().mul_(prev.sign())  # a product of gradients would underflow
+    return torch.stack([torch.count_nonzero(agreement < 0), torch.count_nonzero(agreement > 0), nonzero, nonfinite])
 
 
 def _stacked(columns: Sequence[Tensor]) -> Tensor:
-    return torch.stack([column.to(columns[0].device) for column in columns], dim=1)
+    device = columns[0].device
+    return torch.stack([column.to(device) for column in columns], dim=1)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -79,6 +79,12 @@ def test_step_sizes_match_plain_python(tensors, path):
         assert found == pytest.approx(quantile(everything, level), rel=1e-15)
 
 
+def test_empty_tensor_adds_no_bounds():
+    table = statistics.step_size_table([torch.ones(2), torch.empty(0)], [(0.5, 2.0), (0.1, 9.0)])
+    values = statistics.read(statistics.merge(torch.cat([table, torch.zeros(5, 2, dtype=table.dtype)]).numpy()))
+    assert (values["lower_bound"], values["upper_bound"]) == (0.5, 2.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_mean_stays_within_min_and_max(dtype):
     """Rounding must not take it out of the range."""
