@@ -162,9 +162,9 @@ def test_unknown_name_error_lists_the_choices(app):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.lr=-1", "ValueError: Invalid learning rate: -1.0: lr is"),
-        ("optimizer.etas=[1.2,0.5]", "ValueError: Invalid eta values: 1.2, 0.5: etas must be"),
-        ("optimizer.step_sizes=[50,1e-6]", "ValueError: Invalid step sizes: 50.0, 1e-06: step_sizes must be"),
+        ("optimizer.lr=-1", "ValueError: Invalid learning rate: -1.0. lr is"),
+        ("optimizer.etas=[1.2,0.5]", "ValueError: Invalid eta values: 1.2, 0.5. etas must be"),
+        ("optimizer.step_sizes=[50,1e-6]", "ValueError: Invalid step sizes: 50.0, 1e-06. step_sizes must be"),
     ],
 )
 def test_bad_value_fails_in_the_optimizer(app, override, message):
@@ -173,7 +173,7 @@ def test_bad_value_fails_in_the_optimizer(app, override, message):
 
 def test_wrong_number_of_values_is_an_error(app):
     output = app()("optimizer=rprop", "optimizer.etas=[0.5]", fails=True)
-    by_rprop, by_hydra_1_4 = "ValueError: Invalid eta values: 0.5: etas must be", "full_key: optimizer.etas"
+    by_rprop, by_hydra_1_4 = "ValueError: Invalid eta values: 0.5. etas must be", "full_key: optimizer.etas"
     assert by_rprop in output or by_hydra_1_4 in output
 
 
