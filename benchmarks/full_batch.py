@@ -6,7 +6,7 @@ measured between calls of training_step.
 
     python -m benchmarks.full_batch
     python -m benchmarks.full_batch --json full_batch.json
-    python -m benchmarks.full_batch --seconds 0.1 --only alone,memory
+    python -m benchmarks.full_batch --seconds 0.1 --only single,memory
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ def rows(folder: str) -> dict[str, Row]:
     return {
         "often-large": _row("max_iter=20", LARGE, hand, by_hand, 1.0, max_iter=20),
         "often-small": _row("max_iter=20", SMALL, hand, by_hand, 1.0, max_iter=20),
-        "alone-large": _row("max_iter=1", LARGE, hand, by_hand, 1.25),
-        "alone-small": _row("max_iter=1", SMALL, hand, by_hand, 1.75),
+        "single-large": _row("max_iter=1", LARGE, hand, by_hand, 1.25),
+        "single-small": _row("max_iter=1", SMALL, hand, by_hand, 1.75),
         "users": _row("max_iter=1", LARGE, users, as_users_do, 0.25),
         "micro": _row(
             f"{MICRO_BATCHES} micro-batches", LARGE, f"{hand}, accumulating", by_hand, 1.4, cuts=MICRO_BATCHES
@@ -261,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8.0, help="approximate time for each program of a row")
     parser.add_argument(
-        "--only", help="comma-separated prefixes of rows: often, alone, users, micro, observed, ranks, memory"
+        "--only", help="comma-separated prefixes of rows: often, single, users, micro, observed, ranks, memory"
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--as-rank", help=argparse.SUPPRESS)

@@ -114,7 +114,7 @@ WAYS = {
     "+ float32 step sizes": Way(BF16, float32_loss=True, remedy=STEP_SIZES),
     "+ Kahan": Way(BF16, float32_loss=True, remedy=KAHAN),
     "+ master weights": Way(BF16, float32_loss=True, remedy=MASTER),
-    "master weights alone": Way(BF16, remedy=MASTER),
+    "master weights only": Way(BF16, remedy=MASTER),
 }
 
 

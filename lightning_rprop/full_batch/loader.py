@@ -137,8 +137,8 @@ class FullBatchLoader:
             data, size = next(ahead)
         except StopIteration:
             raise RuntimeError(
-                "the training data gave this rank no batch. An iterable must start over on every pass and yield at "
-                "least one batch per rank"
+                "the training data yielded no batch on this rank. An iterable must restart on every iteration and "
+                "yield at least one batch per rank"
             ) from None
         for following in ahead:
             yield MicroBatch(data, size, is_last=False)

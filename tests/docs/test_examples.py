@@ -122,7 +122,7 @@ def test_precision_benchmark_shows_cost_of_bf16(tmp_path):
     (losses,), moves = figures["losses"], figures["moves"]
     assert losses.pop("problem") == "digits"
     assert f"| {' | '.join(f'{loss:.2g}' for loss in losses.values())} |" in output
-    in_bfloat16 = {"bf16-true", "master weights alone"}
+    in_bfloat16 = {"bf16-true", "master weights only"}
     assert all((loss > 1e-5) == (way in in_bfloat16) for way, loss in losses.items()), losses  # 1e-4 against 1e-9
     assert [(row["lr"], row["in_turn"]) for row in moves[:2]] == [(1e-2, 0), (1e-3, 8)]
     assert all(abs(row["in_turn"] - row["predicted"]) <= 1 for row in moves)  # the step sizes are rounded too

@@ -61,7 +61,7 @@ CASES = (
     Case(
         r"benchmarks\.full_batch",
         (r"\| max_iter=1, N = 32 \|", r"\| activations, 16 micro-batches \|"),
-        change={"$": " --seconds 0.1 --only alone-small,memory"},
+        change={"$": " --seconds 0.1 --only single-small,memory"},
     ),
 )
 

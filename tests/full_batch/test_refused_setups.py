@@ -60,7 +60,7 @@ UNEVEN = Reiterable(*[(DATA[0], DATA[1][:50])] * 2)
         (NoLoss, None, {}, RuntimeError, "training_step returned no loss, but every micro-batch is part"),
         (Writing, None, {}, RuntimeError, "written to in place during a step.*x = x.clone"),
         (Regression, FullBatchLoader(UNEVEN), {}, ValueError, r"cannot be counted.*FullBatch\(weight=lambda batch"),
-        (Regression, FullBatchLoader(Reiterable()), {}, RuntimeError, "gave this rank no batch"),
+        (Regression, FullBatchLoader(Reiterable()), {}, RuntimeError, "yielded no batch on this rank"),
         (
             Regression,
             None,
