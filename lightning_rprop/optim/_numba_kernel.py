@@ -60,11 +60,23 @@ def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], An
         return one if x > zero else -one if x < zero else zero
 
     @numba.njit(error_model="numpy")
-    def update(params, grads, prevs, step_sizes, first, last, numbers, maximize, forget, take_back):
+    def update(
+        params,
+        grads,
+        prevs,
+        step_sizes,
+        first,
+        last,
+        etaminus,
+        etaplus,
+        step_size_min,
+        step_size_max,
+        weight_decay,
+        maximize,
+        forget,
+        take_back,
+    ):
         """Move the elements ``first`` to ``last - 1`` of one parameter."""
-        etaminus, etaplus = number(numbers[0]), number(numbers[1])
-        step_size_min, step_size_max = number(numbers[2]), number(numbers[3])
-        weight_decay = number(numbers[4])
         for i in range(first, last):
             param = widen(params[i])
             grad = widen(grads[i])
@@ -118,7 +130,11 @@ def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], An
                     addresses[3 * rows + row],
                     max(begin - start, 0),
                     min(end - start, sizes[row]),
-                    numbers,
+                    number(numbers[0]),  # as arguments; loaded in update() they make small steps 10 % slower
+                    number(numbers[1]),
+                    number(numbers[2]),
+                    number(numbers[3]),
+                    number(numbers[4]),
                     maximize,
                     forget,
                     take_back,
