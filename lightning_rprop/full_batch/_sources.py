@@ -78,7 +78,7 @@ def _check_list(data: list[Any]) -> None:
             samples = "torch.stack(data)"
     elif len(data) > 1 and len({_structure(item) for item in data}) > 1:
         return
-    elif all(isinstance(leaf, Tensor) for _, leaf in leaves("", data)) and not is_dataclass(data[0]):
+    elif all(isinstance(leaf, Tensor) for _, leaf in leaves("data", data)) and not is_dataclass(data[0]):
         collated = "torch.utils.data.default_collate(data)"
         samples = collated if isinstance(data[0], Mapping) else f"tuple({collated})"
     raise ValueError(
@@ -90,7 +90,7 @@ def _check_list(data: list[Any]) -> None:
 
 def _structure(item: Any) -> Any:
     """Return the containers and leaf types of an item, which are the same for all samples of a data set."""
-    return type(item), tuple((path, type(leaf)) for path, leaf in leaves("", item))
+    return type(item), tuple((path, type(leaf)) for path, leaf in leaves("item", item))
 
 
 def _collated(dataset: Any) -> Any:

@@ -224,7 +224,7 @@ def test_tensor_that_is_no_field_is_refused():
     [
         ([{"x": x} for x in X], "Give torch.utils.data.default_collate(data) for samples"),
         ([X[:3], X[:4], X[:4]], "Give a DataLoader with a collate_fn for samples"),
-        ([WithMask(x) for x in X], "not a field of"),
+        ([WithMask(x) for x in X], "item.mask is a tensor but not a field of WithMask"),
     ],
 )
 def test_remedy_depends_on_the_samples(data, remedy):
