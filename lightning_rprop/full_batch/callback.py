@@ -258,7 +258,7 @@ class FullBatch(Callback):
                 "split); FullBatchLoader splits it",
             )
         share = trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        loader._share(**share, device=trainer.strategy.root_device, convert=trainer.precision_plugin.convert_input)
+        loader.share(**share, device=trainer.strategy.root_device, convert=trainer.precision_plugin.convert_input)
 
     def _close(self) -> None:
         self._fit = None

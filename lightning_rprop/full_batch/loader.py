@@ -1,7 +1,7 @@
 """The data loader whose batches are passes over the whole data set.
 
-``FullBatch`` drives it through private methods: ``_fingerprint`` and ``_share`` at the start of a fit, ``_check_batch``
-and ``_next_pass`` in each step, and ``_release`` at the end.
+``FullBatch`` drives it: ``_fingerprint`` and ``share`` at the start of a fit, ``_check_batch`` and ``_next_pass`` in
+each step, and ``_release`` at the end.
 """
 
 from __future__ import annotations
@@ -109,18 +109,36 @@ class FullBatchLoader:
         """The number of samples on all ranks together; ``None`` for streamed data and for objects."""
         return self._source.num_samples
 
-    def share(self, rank: int, num_replicas: int, device: torch.device | None = None) -> None:
-        """Use only one rank's share of the data, in your own loop on several processes; ``FullBatch`` does this itself.
+    def share(
+        self,
+        rank: int = 0,
+        num_replicas: int = 1,
+        device: torch.device | None = None,
+        convert: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Take one rank's share of the data, for your own loop on several processes; ``FullBatch`` does it in ``fit``.
 
         Args:
             rank: The index of this rank.
             num_replicas: The number of ranks.
             device: The model's device, to which held tensors are moved unless the loader has a ``device``.
+            convert: Brings held tensors to the dtype of the model; ``None`` leaves them unchanged.
 
         Raises:
             ValueError: If the data cannot be cut, or a DistributedSampler belongs to another rank.
         """
-        self._share(rank, num_replicas, device)
+        target, on_gpu = self.device or device, device is not None and device.type == "cuda"
+
+        def place(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf if target is None else leaf.to(target)
+            leaf = leaf if convert is None else convert(leaf)
+            leaf = leaf if target is None else leaf.to(target)
+            pinned = on_gpu and leaf.device.type == "cpu" and leaf.layout is torch.strided
+            return leaf.pin_memory() if pinned else leaf
+
+        self._part = self._source.share(rank, num_replicas, self.micro_batch_size, place)
+        self._served = True
 
     def micro_batches(self) -> Generator[MicroBatch, None, None]:
         """Iterate once over this rank's share.
@@ -171,27 +189,6 @@ class FullBatchLoader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Accept the empty state of :meth:`state_dict`."""
-
-    def _share(
-        self,
-        rank: int,
-        num_replicas: int,
-        device: torch.device | None = None,
-        convert: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        """Use only one rank's share of the data; ``convert`` brings held tensors to the dtype of the model."""
-        target, on_gpu = self.device or device, device is not None and device.type == "cuda"
-
-        def place(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf if target is None else leaf.to(target)
-            leaf = leaf if convert is None else convert(leaf)
-            leaf = leaf if target is None else leaf.to(target)
-            pinned = on_gpu and leaf.device.type == "cpu" and leaf.layout is torch.strided
-            return leaf.pin_memory() if pinned else leaf
-
-        self._part = self._source.share(rank, num_replicas, self.micro_batch_size, place)
-        self._served = True
 
     def _release(self) -> None:
         """Release the share, and drop an open pass."""
