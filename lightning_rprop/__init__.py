@@ -13,16 +13,26 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lightning_rprop._hydra_ddp.ddp import hydra_ddp
-    from lightning_rprop.config import FullBatchConf, RpropConf, StepSizeMonitorConf
+    from lightning_rprop.best.callback import KeepBest
+    from lightning_rprop.best.weights import BestWeights
+    from lightning_rprop.config import ConvergedConf, FullBatchConf, KeepBestConf, RpropConf, StepSizeMonitorConf
+    from lightning_rprop.convergence.callback import Converged
+    from lightning_rprop.convergence.criteria import Convergence
     from lightning_rprop.full_batch.callback import FullBatch
     from lightning_rprop.full_batch.loader import FullBatchLoader
     from lightning_rprop.monitor.callback import StepSizeMonitor
     from lightning_rprop.optim.rprop import Rprop
 
 __all__ = [
+    "BestWeights",
+    "Converged",
+    "ConvergedConf",
+    "Convergence",
     "FullBatch",
     "FullBatchConf",
     "FullBatchLoader",
+    "KeepBest",
+    "KeepBestConf",
     "Rprop",
     "RpropConf",
     "StepSizeMonitor",
@@ -32,9 +42,15 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "BestWeights": "lightning_rprop.best.weights",
+    "Converged": "lightning_rprop.convergence.callback",
+    "ConvergedConf": "lightning_rprop.config",
+    "Convergence": "lightning_rprop.convergence.criteria",
     "FullBatch": "lightning_rprop.full_batch.callback",
     "FullBatchConf": "lightning_rprop.config",
     "FullBatchLoader": "lightning_rprop.full_batch.loader",
+    "KeepBest": "lightning_rprop.best.callback",
+    "KeepBestConf": "lightning_rprop.config",
     "Rprop": "lightning_rprop.optim.rprop",
     "RpropConf": "lightning_rprop.config",
     "StepSizeMonitor": "lightning_rprop.monitor.callback",
@@ -53,7 +69,7 @@ def __getattr__(name: str) -> Any:
             raise
         message = (
             f"lightning_rprop.{name} needs Lightning, which is not installed: pip install lightning. "
-            "Rprop and the Hydra configs work without it."
+            "Rprop, BestWeights, Convergence and the Hydra configs work without it."
         )
         raise ModuleNotFoundError(message, name=error.name) from error
     value = getattr(module, name)

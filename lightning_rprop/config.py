@@ -35,6 +35,7 @@ class RpropConf:
     variant: Variant = Variant["irprop-"]
     weight_decay: float = 0.0
     max_iter: int = 1
+    retreat: Optional[bool] = None
     maximize: bool = False
     foreach: Optional[bool] = None
     fused: Optional[bool] = None
@@ -71,6 +72,28 @@ class FullBatchConf:
     take_over: bool = False
 
 
+@dataclass
+class KeepBestConf:
+    """Config of :class:`lightning_rprop.KeepBest`, with the same names and defaults."""
+
+    _target_: str = "lightning_rprop.KeepBest"
+    _convert_: str = "all"
+    restore: bool = True
+
+
+@dataclass
+class ConvergedConf:
+    """Config of :class:`lightning_rprop.Converged`, with the same names and defaults."""
+
+    _target_: str = "lightning_rprop.Converged"
+    _convert_: str = "all"
+    tolerance_change: Optional[float] = 1e-9
+    tolerance_grad: Optional[float] = 1e-7
+    tolerance_step: Optional[float] = None
+    patience: int = 10
+    every_n_steps: int = 10
+
+
 # Group and name -> content. Each callback has its own key, so that an app can use several.
 CONFIGS: Mapping[str, Any] = {
     "optimizer/rprop": RpropConf,
@@ -79,5 +102,7 @@ CONFIGS: Mapping[str, Any] = {
     "optimizer/irprop_plus": RpropConf(variant=Variant["irprop+"]),
     "optimizer/irprop_minus": RpropConf(variant=Variant["irprop-"]),
     "callbacks/full_batch": {"full_batch": FullBatchConf},
+    "callbacks/keep_best": {"keep_best": KeepBestConf},
+    "callbacks/converged": {"converged": ConvergedConf},
     "callbacks/step_size_monitor": {"step_size_monitor": StepSizeMonitorConf},
 }

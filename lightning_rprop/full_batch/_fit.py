@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,6 +30,7 @@ class Fit:
     def __init__(self, evaluation: Evaluation, log_as: str | None) -> None:
         self.evaluation = evaluation
         self.interrupts = Interrupts()
+        self.listeners: list[Callable[[Tensor], None]] = []  # called with the loss of each evaluation, before the move
         self._trainer = evaluation.trainer
         self._log_as = log_as
         self._buffers = Buffers(evaluation.pl_module)
@@ -76,6 +78,8 @@ class Fit:
             self._has_evaluated = True
             if not self.evaluation.is_single:
                 warn_of_micro_batches(self.evaluation.pl_module)
+        for listener in self.listeners:
+            listener(loss)
         if self._loss is None:
             self._loss = loss
         self.interrupts.hold()

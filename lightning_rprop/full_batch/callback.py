@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_rprop._lightning import (
@@ -194,6 +195,11 @@ class FullBatch(Callback):
         """Leave the optimizer and the loader as they were, and drop all references to the module."""
         self._close()
         self.__dict__ = self.__getstate__()
+
+    def _listen(self, listener: Callable[[Tensor], None]) -> None:
+        """Call ``listener(loss)`` after each evaluation of this fit, while the weights are still those of the loss."""
+        if self._fit is not None:
+            self._fit.listeners.append(listener)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which takes no part in a running fit."""

@@ -9,12 +9,18 @@ import lightning_rprop
 
 NAMES = {
     "lightning_rprop": lightning_rprop.__all__,
+    "lightning_rprop.best": ["BestWeights", "KeepBest"],
+    "lightning_rprop.convergence": ["Converged", "Convergence"],
     "lightning_rprop.optim": ["Rprop", "rprop"],
     "lightning_rprop.full_batch": ["FullBatch", "FullBatchLoader"],
     "lightning_rprop.monitor": ["StepSizeMonitor", "plot_run"],
-    "lightning_rprop.config": ["FullBatchConf", "RpropConf", "StepSizeMonitorConf"],
+    "lightning_rprop.config": ["ConvergedConf", "FullBatchConf", "KeepBestConf", "RpropConf", "StepSizeMonitorConf"],
 }
 MODULES = {
+    "lightning_rprop.best.callback",
+    "lightning_rprop.best.weights",
+    "lightning_rprop.convergence.callback",
+    "lightning_rprop.convergence.criteria",
     "lightning_rprop.optim.rprop",
     "lightning_rprop.full_batch.callback",
     "lightning_rprop.full_batch.loader",

@@ -1,0 +1,5 @@
+"""To be written."""
+
+
+class BestWeights:
+    """To be written."""

@@ -1,0 +1,22 @@
+"""Tests of whether a run has converged.
+
+The public names are imported on first use (PEP 562), because ``Convergence`` needs no Lightning.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_rprop.convergence.callback import Converged
+    from lightning_rprop.convergence.criteria import Convergence
+
+__all__ = ["Converged", "Convergence"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import lightning_rprop
+
+    return getattr(lightning_rprop, name)  # whose error explains a missing Lightning

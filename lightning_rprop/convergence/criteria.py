@@ -1,0 +1,5 @@
+"""To be written."""
+
+
+class Convergence:
+    """To be written."""
