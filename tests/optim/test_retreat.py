@@ -104,8 +104,8 @@ def test_bad_losses_detect_wrong_code(module, mutation, monkeypatch):
     assert any(differs_from_twin(torch.float64, variant, foreach=foreach) for variant in VARIANTS)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="tests the Numba kernel")
-def test_fused_step_on_cpu_can_retreat(monkeypatch):
+def test_numba_path_can_retreat(monkeypatch):
+    """By the readable implementation."""
     monkeypatch.setattr(_numba, "update", lambda *_, **__: lambda: None)
     assert differs_from_twin(torch.float64, "irprop-", foreach=None)
 
