@@ -186,6 +186,28 @@ def test_pinn_learns_solution_and_saves_plot(tmp_path):
     assert "--seconds must be > 0" in run(tmp_path, program, "--seconds", "0", fails=True)
 
 
+def test_gp_recovers_from_nan_and_converges(tmp_path):
+    program = ROOT / "examples" / "gaussian_process.py"
+    output = run(tmp_path, program, "--starts", "2", "--output", "gp.png")
+    fits = {}
+    for line in output.splitlines():
+        if row := re.match(r"(plain|log) +(\S.*?) {2,}(.*\d)  (.*)$", line):
+            kind, name, numbers, stop = row.groups()
+            _, worst, _, _, rmse, _, retreats = map(float, numbers.split())
+            fits[kind, name] = (worst, rmse, retreats, stop)
+    assert len(fits) == 2 * 5
+    for kind in ("plain", "log"):
+        worst, rmse, _, stop = fits[kind, "Rprop"]
+        assert (worst < 0.3235, rmse < 0.26, stop) == (True, True, "2 converged"), output  # the optimum is 0.3232
+    worst, rmse, _, stop = fits["plain", "Rprop, retreat=False"]
+    assert worst > 0.4, output
+    assert rmse < 0.5, output  # the best weights, not those at NaN
+    assert "NaN" in stop, output
+    assert fits["plain", "Rprop"][2] > 0
+    assert (tmp_path / "gp.png").read_bytes().startswith(b"\x89PNG")
+    assert "--evaluations must be >= 1" in run(tmp_path, program, "--evaluations", "0", fails=True)
+
+
 def test_fabric_example_equals_trainer(tmp_path):
     """On 1 and 2 ranks and across a checkpoint; bit for bit, because no operation rounds."""
     module = Regression(fabric_ranks.optimizer, net=fabric_ranks.network())
