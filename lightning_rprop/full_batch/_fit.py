@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_rprop._lightning import has_no_optimizer, innermost
 from lightning_rprop._lightning_logs import is_logged
 from lightning_rprop.full_batch._atomic_step import Buffers, Interrupts, Snapshot
+from lightning_rprop.full_batch._bad_losses import BadLosses
 from lightning_rprop.full_batch._evaluation import Evaluation
 from lightning_rprop.full_batch._warnings import warn_of_dropout, warn_of_micro_batches
 
@@ -29,6 +30,7 @@ class Fit:
 
     def __init__(self, evaluation: Evaluation, log_as: str | None) -> None:
         self.evaluation = evaluation
+        self.bad_losses = BadLosses(evaluation)
         self.interrupts = Interrupts()
         self.listeners: list[Callable[[Tensor], None]] = []  # called with the loss of each evaluation, before the move
         self._trainer = evaluation.trainer
@@ -78,6 +80,7 @@ class Fit:
             self._has_evaluated = True
             if not self.evaluation.is_single:
                 warn_of_micro_batches(self.evaluation.pl_module)
+        self.bad_losses.check(loss, self._optimizer, self._inner)
         for listener in self.listeners:
             listener(loss)
         if self._loss is None:
