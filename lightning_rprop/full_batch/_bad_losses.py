@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_rprop._ranks import gather
 from lightning_rprop.full_batch._evaluation import Evaluation
 from lightning_rprop.full_batch._nonfinite import find_nonfinite
+from lightning_rprop.optim._loss import is_bad
 
 _MOST = 10  # retreats in a row
 _EVERY = 10  # evaluations between two transfers from an accelerator
@@ -29,7 +30,7 @@ class BadLosses:
         self._trainer = evaluation.trainer
         self._is_first = True
         self._is_warned = False
-        self._unread: list[tuple[int, set[float], Tensor]] = []  # step, worst losses, loss
+        self._unread: list[tuple[int, set[bool], Tensor]] = []  # step, values of maximize, loss
         self._in_a_row = 0
 
     def check(self, loss: Tensor, optimizer: Any, inner: Any) -> None:
@@ -48,11 +49,11 @@ class BadLosses:
             self._is_first = False
             if not all(group.get("retreat") is False for group in groups):
                 self._check_first(loss, inner)
-        retreating = [group for group in groups if group.get("retreat", False) is not False]
-        if not retreating:
+        # shared_loss is set, so that None means True
+        maximize = {group["maximize"] for group in groups if group.get("retreat", False) is not False}
+        if not maximize:
             return
-        worst = {-math.inf if group["maximize"] else math.inf for group in retreating}
-        self._unread.append((self._trainer.global_step, worst, loss.clone()))  # a graph may reuse the memory
+        self._unread.append((self._trainer.global_step, maximize, loss.clone()))  # a graph may reuse the memory
         scaler = self._evaluation.scaler
         # a GradScaler reads from the device in each step anyway
         if (loss.is_cpu or scaler is not None or len(self._unread) == _EVERY) and self.read() and scaler is not None:
@@ -64,10 +65,10 @@ class BadLosses:
         if not unread:
             return False
         values = torch.stack([loss for _, _, loss in unread]).tolist()
-        for (step, worst, _), value in zip(unread, values, strict=True):
-            is_bad = math.isnan(value) or value in worst
-            self._in_a_row = self._in_a_row + 1 if is_bad else 0
-            if is_bad and not self._is_warned:
+        for (step, maximize, _), value in zip(unread, values, strict=True):
+            retreats = any(is_bad(value, each) for each in maximize)
+            self._in_a_row = self._in_a_row + 1 if retreats else 0
+            if retreats and not self._is_warned:
                 self._is_warned = True
                 rank_zero_warn(
                     f"The loss was {value} at step {step}, so Rprop took back the last move of every weight and shrank "
@@ -75,15 +76,13 @@ class BadLosses:
                     "or a smaller upper bound of step_sizes=(min, max)."
                 )
         if self._in_a_row >= _MOST:
+            found = find_nonfinite(self._evaluation) or (
+                "no parameter or input is NaN or infinite. Check what else training_step depends on, such as random "
+                "numbers or the step"
+            )
             raise RuntimeError(
-                f"The loss is {value} at step {step}, after {self._in_a_row - 1} others in a row for which Rprop took "
-                "back its last move: "
-                + (
-                    find_nonfinite(self._evaluation)
-                    or "parameters and inputs are finite. Check whether training_step depends on anything else, "
-                    "such as random numbers or the step"
-                )
-                + "."
+                f"The loss is {value} at step {step} and was NaN or infinite {self._in_a_row} times in a row, although "
+                f"Rprop took back its last move; {found}."
             )
         return self._in_a_row > 0
 
@@ -91,12 +90,10 @@ class BadLosses:
         value = loss.item()
         if math.isfinite(value) or any(gather(self._trainer, bool(inner.state))):  # a resumed run has a move to undo
             return
+        found = find_nonfinite(self._evaluation) or (
+            "no parameter or input is NaN or infinite. Start from other parameters, or scale inputs and targets, so "
+            "that the loss is finite there"
+        )
         raise RuntimeError(
-            f"The loss is {value} at the first evaluation, where there is no earlier step to return to: "
-            + (
-                find_nonfinite(self._evaluation)
-                or "parameters and inputs are finite. Start from other parameters, or scale inputs and targets, so "
-                "that the loss is finite there"
-            )
-            + "."
+            f"The loss is {value} at the first evaluation, before any move that could be undone; {found}."
         )
