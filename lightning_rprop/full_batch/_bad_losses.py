@@ -28,27 +28,26 @@ class BadLosses:
     def __init__(self, evaluation: Evaluation) -> None:
         self._evaluation = evaluation
         self._trainer = evaluation.trainer
+        self.has_state = False  # the optimizer, before the step
         self._is_first = True
         self._is_warned = False
         self._unread: list[tuple[int, set[bool], Tensor]] = []  # step, values of maximize, loss
         self._in_a_row = 0
 
-    def check(self, loss: Tensor, optimizer: Any, inner: Any) -> None:
-        """Check the loss of an evaluation, the same on every rank.
+    def check(self, loss: Tensor, groups: list[dict[str, Any]]) -> None:
+        """Check the loss of an evaluation.
 
         Args:
-            loss: The loss.
-            optimizer: The Trainer's optimizer.
-            inner: The optimizer that it wraps, or itself.
+            loss: The loss, the same on every rank.
+            groups: The optimizer's parameter groups.
 
         Raises:
             RuntimeError: If the loss is not finite at the first evaluation, or it is the last of 10 bad ones in a row.
         """
-        groups = optimizer.param_groups
         if self._is_first:
             self._is_first = False
             if not all(group.get("retreat") is False for group in groups):
-                self._check_first(loss, inner)
+                self._check_first(loss)
         # shared_loss is set, so that None means True
         maximize = {group["maximize"] for group in groups if group.get("retreat", False) is not False}
         if not maximize:
@@ -86,9 +85,9 @@ class BadLosses:
             )
         return self._in_a_row > 0
 
-    def _check_first(self, loss: Tensor, inner: Any) -> None:
+    def _check_first(self, loss: Tensor) -> None:
         value = loss.item()
-        if math.isfinite(value) or any(gather(self._trainer, bool(inner.state))):  # a resumed run has a move to undo
+        if math.isfinite(value) or any(gather(self._trainer, self.has_state)):  # a resumed run has a move to undo
             return
         found = find_nonfinite(self._evaluation) or (
             "no parameter or input is NaN or infinite. Start from other parameters, or scale inputs and targets, so "

@@ -62,6 +62,7 @@ class Fit:
             self._checks_noise = False
             self.evaluation.checks_randomness = not warn_of_dropout(self.evaluation.pl_module)
         self.evaluation.begin()
+        self.bad_losses.has_state = bool(self._inner.state)  # some optimizers create it before they call the closure
         self._take_copies()
         self._step = self._trainer.global_step
 
@@ -80,7 +81,7 @@ class Fit:
             self._has_evaluated = True
             if not self.evaluation.is_single:
                 warn_of_micro_batches(self.evaluation.pl_module)
-        self.bad_losses.check(loss, self._optimizer, self._inner)
+        self.bad_losses.check(loss, self._optimizer.param_groups)
         for listener in self.listeners:
             listener(loss)
         if self._loss is None:

@@ -133,7 +133,7 @@ def watch(losses):
     bad_losses, optimizer = BadLosses(evaluation), Rprop([torch.nn.Parameter(torch.zeros(1))])
     unread = []
     for trainer.global_step, loss in enumerate(losses):
-        bad_losses.check(torch.tensor(loss).as_subclass(Elsewhere), optimizer, optimizer)
+        bad_losses.check(torch.tensor(loss).as_subclass(Elsewhere), optimizer.param_groups)
         unread.append(len(bad_losses._unread))
     bad_losses.read()
     return unread
