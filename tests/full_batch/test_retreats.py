@@ -49,7 +49,7 @@ def test_ten_retreats_in_a_row_stop(bad, max_iter, tmp_path):
 
     class Seeing(Domain):
         def on_train_batch_start(self, batch, batch_idx):
-            self.before = self.w.detach().clone()
+            self.before, self.count = self.w.detach().clone(), self.optimizers().retreats
 
     module = Seeing(rprop(lr=0.1, max_iter=max_iter), bad=[*range(5, 5 + bad), *range(20, 29)])
     message = (
@@ -61,6 +61,7 @@ def test_ten_retreats_in_a_row_stop(bad, max_iter, tmp_path):
     assert (len(module.losses) == 15) == (bad == 10)
     if bad == 10:
         assert torch.equal(module.w, module.before)
+        assert module.optimizers().optimizer.retreats == module.count == (7 if max_iter > 1 else 9)
 
 
 @pytest.mark.filterwarnings(ADVICE)
