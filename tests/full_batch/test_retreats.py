@@ -49,7 +49,7 @@ def test_ten_retreats_in_a_row_stop(bad, max_iter, tmp_path):
 
     class Seeing(Domain):
         def on_train_batch_start(self, batch, batch_idx):
-            self.before, self.count = self.w.detach().clone(), self.optimizers().retreats
+            self.before, self.count = self.w.detach().clone(), self.trainer.optimizers[0].retreats
 
     module = Seeing(rprop(lr=0.1, max_iter=max_iter), bad=[*range(5, 5 + bad), *range(20, 29)])
     message = (
@@ -127,10 +127,11 @@ class Elsewhere(torch.Tensor):
     is_cpu = False
 
 
-def watch(losses):
-    """Check losses as on an accelerator, and return the number that was read after each."""
+def watch(losses, **options):
+    """Check losses as on an accelerator, and return how many are unread after each."""
     trainer = SimpleNamespace(global_step=0, world_size=1, strategy=SimpleNamespace(broadcast=lambda value, src: value))
-    evaluation = SimpleNamespace(trainer=trainer, scaler=None, pl_module=Domain(), inputs=lambda: iter(()))
+    evaluation = SimpleNamespace(trainer=trainer, pl_module=Domain(), inputs=lambda: iter(()), scaler=None)
+    vars(evaluation).update(options)
     bad_losses, optimizer = BadLosses(evaluation), Rprop([torch.nn.Parameter(torch.zeros(1))])
     unread = []
     for trainer.global_step, loss in enumerate(losses):
@@ -145,10 +146,19 @@ def test_accelerator_is_read_every_ten_evaluations():
     assert watch([1.0] * 25) == [*range(1, 10), 0] * 2 + [*range(1, 6)]
     with pytest.warns(UserWarning, match="The loss was nan at step 13, so Rprop"):
         watch([1.0] * 13 + [nan] * 9 + [1.0] * 9 + [nan] * 3)
-    with pytest.raises(RuntimeError, match="nan at step 19 .* 13 times in a row"), pytest.warns(match="at step 7"):
+    with pytest.raises(RuntimeError, match=r"nan at step 19 .* 13 times in a row"), pytest.warns(match="at step 7"):
         watch([1.0] * 7 + [nan] * 20)
-    with pytest.raises(RuntimeError, match="nan at step 23 .* 11 times in a row"), pytest.warns(match="at step 13"):
+    with pytest.raises(RuntimeError, match=r"nan at step 23 .* 11 times in a row"), pytest.warns(match="at step 13"):
         watch([1.0] * 13 + [nan] * 11)  # found at the end of the fit
+
+
+def test_grad_scaler_is_read_in_each_step():
+    """It reads from the device itself in each step."""
+    zeroed = []
+    with pytest.warns(UserWarning, match="The loss was nan at step 1, so Rprop"):
+        unread = watch([1.0, math.nan, 1.0, math.nan], scaler=1, zero_gradients=lambda: zeroed.append(1))
+    assert unread == [0] * 4
+    assert len(zeroed) == 2
 
 
 def test_last_losses_are_read_at_the_end(tmp_path, monkeypatch):
