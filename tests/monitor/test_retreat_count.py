@@ -133,3 +133,17 @@ def test_counts_on_a_device_are_copied(tmp_path):
     monitor, counts, _ = fit(tmp_path, module, 4)
     assert counts == {0: 0, 1: 1, 2: 2, 3: 2}
     assert monitor.state_dict()["retreats"] == 2
+
+
+def test_exception_keeps_the_count(tmp_path):
+    """A callback may save a checkpoint after the monitor has released the optimizers."""
+
+    class Failing(Bad):
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == 6:
+                raise ArithmeticError("failed")
+
+    monitor = quiet_monitor(every_n_steps=4)
+    with pytest.raises(ArithmeticError, match="failed"):
+        make_trainer(tmp_path, [monitor]).fit(Failing({1, 5}), Batches(8))
+    assert monitor.state_dict()["retreats"] == 2
