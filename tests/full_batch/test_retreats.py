@@ -49,7 +49,7 @@ def test_ten_retreats_in_a_row_stop(bad, max_iter, tmp_path):
 
     class Seeing(Domain):
         def on_train_batch_start(self, batch, batch_idx):
-            self.before, self.count = self.w.detach().clone(), self.trainer.optimizers[0].retreats
+            self.before, self.count = self.w.detach().clone(), int(self.trainer.optimizers[0].retreats)
 
     module = Seeing(rprop(lr=0.1, max_iter=max_iter), bad=[*range(5, 5 + bad), *range(20, 29)])
     message = (

@@ -99,7 +99,7 @@ class Truth(pl.Callback):
             counting = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "retreats")]
             self.optimizers += [optimizer for optimizer in counting if optimizer not in self.optimizers]
             if self.optimizers:
-                self.retreats[step] = sum(optimizer.retreats for optimizer in self.optimizers)
+                self.retreats[step] = sum(int(optimizer.retreats) for optimizer in self.optimizers)
 
     def expected(self, step, names=DEFAULT, bounds=(1e-6, 50.0), parameters=(), groups=()):
         """Return the record that the monitor should log at a step, with the keys in order."""
