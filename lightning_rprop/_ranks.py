@@ -1,6 +1,6 @@
-"""Check at the start of a fit that all ranks are set up alike.
+"""Check at the start of a fit that all ranks are set up alike, and exchange values between them.
 
-Neither DDP nor FSDP does this completely. ``DistributedDataParallel`` compares the number of trainable parameters,
+Neither DDP nor FSDP checks this completely. ``DistributedDataParallel`` compares the number of trainable parameters,
 their sizes and their strides with rank 0 when it is constructed (``_verify_params_across_processes``), but not their
 dtypes. ``FullyShardedDataParallel`` and ``fully_shard`` compare none of these. No strategy compares hyperparameters.
 """
@@ -60,7 +60,7 @@ def compare(trainer: pl.Trainer, values: Mapping[str, str], message: str) -> Non
     most, least = trainer.strategy.reduce(ends, reduce_op="max").abs().tolist()
     if most == least:
         return
-    first, *others = [trainer.strategy.broadcast(dict(values), src=rank) for rank in range(trainer.world_size)]
+    first, *others = gather(trainer, dict(values))
     differences = [
         f"{name} is {first.get(name, 'missing')} on rank 0, {other.get(name, 'missing')} on rank {rank}"
         for rank, other in enumerate(others, start=1)
@@ -69,6 +69,11 @@ def compare(trainer: pl.Trainer, values: Mapping[str, str], message: str) -> Non
     ]
     more = f" (and {len(differences) - 5} more)" if len(differences) > 5 else ""
     raise ValueError(message.format("; ".join(differences[:5]) + more))
+
+
+def gather(trainer: pl.Trainer, value: Any) -> list[Any]:
+    """Return the values of all ranks. Every rank must call it."""
+    return [trainer.strategy.broadcast(value, src=rank) for rank in range(trainer.world_size)]
 
 
 def _shapes(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:

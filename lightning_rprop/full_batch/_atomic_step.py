@@ -92,6 +92,7 @@ class Snapshot:
         self._copies = _Copies()
         self._states: list[tuple[Any, list[tuple[Any, Any]]]] = []
         self._options: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._retreats: int | Tensor | None = None  # of a lightning_rprop.Rprop
 
     def take(self, optimizer: Any, inner: Optimizer) -> None:
         """Copy them.
@@ -118,6 +119,9 @@ class Snapshot:
                     else:
                         kept[key] = _copied(value)
             states.append((each, copies))
+        self._retreats = getattr(inner, "retreats", None)
+        if isinstance(self._retreats, Tensor):
+            tensors.append(self._retreats)
         self._copies.take(tensors)
         self._states = states
 
@@ -128,6 +132,8 @@ class Snapshot:
             for each, copies in self._states:
                 each.state.clear()
                 each.state.update(copies)
+            if self._retreats is not None:
+                self._states[0][0].retreats = self._retreats
             for group, options in self._options:
                 group.clear()
                 group.update(options)

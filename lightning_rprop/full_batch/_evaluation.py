@@ -148,6 +148,21 @@ class Evaluation:
         assert extra is not None
         return self.loss, extra
 
+    def inputs(self) -> Iterator[tuple[int, Any]]:
+        """Iterate over this rank's micro-batches that count, as training_step gets them, with their indices."""
+        with closing(self.loader.micro_batches()) as micro_batches:
+            for i, micro_batch in enumerate(micro_batches):
+                if self._weigh(micro_batch) > 0:
+                    yield i, self._transferred(micro_batch.data)
+
+    @torch.no_grad()
+    def zero_gradients(self) -> None:
+        """Set the gradients of the last evaluation to 0."""
+        for group in self.trainer.optimizers[0].param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.grad.zero_()
+
     def close(self) -> None:
         """Leave the logs as they were."""
         self._logs.close()

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_rprop._lightning import has_no_optimizer, innermost
 from lightning_rprop._lightning_logs import is_logged
 from lightning_rprop.full_batch._atomic_step import Buffers, Interrupts, Snapshot
+from lightning_rprop.full_batch._bad_losses import BadLosses
 from lightning_rprop.full_batch._evaluation import Evaluation
 from lightning_rprop.full_batch._warnings import warn_of_dropout, warn_of_micro_batches
 
@@ -29,6 +30,7 @@ class Fit:
 
     def __init__(self, evaluation: Evaluation, log_as: str | None) -> None:
         self.evaluation = evaluation
+        self.bad_losses = BadLosses(evaluation)
         self.interrupts = Interrupts()
         self.listeners: list[Callable[[Tensor], None]] = []  # called with the loss of each evaluation, before the move
         self._trainer = evaluation.trainer
@@ -60,6 +62,7 @@ class Fit:
             self._checks_noise = False
             self.evaluation.checks_randomness = not warn_of_dropout(self.evaluation.pl_module)
         self.evaluation.begin()
+        self.bad_losses.has_state = bool(self._inner.state)  # some optimizers create it before they call the closure
         self._take_copies()
         self._step = self._trainer.global_step
 
@@ -78,6 +81,7 @@ class Fit:
             self._has_evaluated = True
             if not self.evaluation.is_single:
                 warn_of_micro_batches(self.evaluation.pl_module)
+        self.bad_losses.check(loss, self._optimizer.param_groups)
         for listener in self.listeners:
             listener(loss)
         if self._loss is None:

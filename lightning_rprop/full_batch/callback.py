@@ -49,6 +49,10 @@ class FullBatch(Callback):
     DeepSpeed only the buffers), and the loader and the optimizer are as they were before the fit. Each step therefore
     begins by copying parameters, optimizer state and buffers into memory that is reused.
 
+    If the loss becomes NaN or infinite, a :class:`lightning_rprop.Rprop` takes back its last move, unless it has
+    ``retreat=False``. FullBatch warns about the first such step, and stops the fit after 10 in a row. On an accelerator
+    it looks at the losses every 10 evaluations.
+
     Args:
         reduction: How training_step reduces the loss over its samples: ``"mean"`` or ``"sum"``.
         weight: Returns the weight of a micro-batch if that is not its number of samples (tokens, entries of a mask). It
@@ -67,6 +71,8 @@ class FullBatch(Callback):
             manually or has no optimizer or several, the training data do not come from a FullBatchLoader, or
             DeepSpeed clips gradients; in the first step, if the module logs something under the name ``log_as``.
         ValueError: At the start of ``fit``, if shapes, hyperparameters or data differ between the ranks.
+        RuntimeError: If the loss is not finite at the first evaluation, unless an Rprop has ``retreat=False``; or if an
+            Rprop has taken back its last move in 10 evaluations in a row, without reaching a finite loss.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -176,6 +182,11 @@ class FullBatch(Callback):
         """End a step that the module's ``on_train_batch_start`` has skipped."""
         if self._fit is not None:
             self._fit.skip()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the losses that are still on the accelerator."""
+        if self._fit is not None:
+            self._fit.bad_losses.read()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -22,6 +22,7 @@ STATISTICS = (
     "sign_changed",
     "zero_gradient",
     "nonfinite_gradient",
+    "retreats",
 )
 # Those that need neither a sort nor logarithms.
 DEFAULT = tuple(name for name in STATISTICS if name not in ("median", "std_log10"))

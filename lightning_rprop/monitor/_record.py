@@ -74,6 +74,7 @@ def measure(
     gradients: Iterable[GradientSummary],
     plan: Plan,
     loss: Tensor | None = None,
+    retreats: int | Tensor | None = None,
     gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Record | None:
     """Measure the step sizes after a step.
@@ -83,6 +84,7 @@ def measure(
         gradients: Summaries from before the step. One of an optimizer that has been replaced since is ignored.
         plan: What the record contains.
         loss: The loss of the step, which is moved to the host with the rest.
+        retreats: The number of retreats in the run so far, likewise.
         gather: All-gathers a tensor ``(n,)`` as ``(processes, n)``. Pass it if the processes hold different parts of
             the step sizes; it is called once, and only rows with ``is_counted`` are measured here.
 
@@ -110,6 +112,8 @@ def measure(
             parts["histogram", scope] = statistics.histogram(tensors, edges[0], edges[-1], _BINS)
     if loss is not None:
         parts["loss", TOTAL] = loss.detach().reshape(1)
+    if retreats is not None and "retreats" in plan.statistics:
+        parts["retreats", TOTAL] = torch.as_tensor(retreats).reshape(1)
 
     dtype = parts["table", TOTAL].dtype
     packed = torch.cat([part.to(device, dtype).flatten() for part in parts.values()])
@@ -190,6 +194,8 @@ def _read(
             if quantiles.ndim > 2:  # sketches
                 quantiles = statistics.merged_quantiles(torch.from_numpy(quantiles), [*levels.values()]).numpy()[None]
             values |= zip(levels, quantiles[0].tolist(), strict=True)
+        if ("retreats", scope) in arrays:
+            values["retreats"] = arrays["retreats", scope].max()  # a process without parameters may count none
         found[scope] = {name: values[name] for name in plan.statistics if name in values}
         if plan.histogram:
             histograms[scope] = Histogram(edges, arrays["histogram", scope].sum(axis=0).tolist())

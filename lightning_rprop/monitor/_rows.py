@@ -36,6 +36,11 @@ class Listing:
         self.is_distributed = False  # whether processes hold different parts of the rows
         self._key: list[tuple[int, ...]] | None = None
 
+    @property
+    def optimizers(self) -> set[Optimizer]:
+        """The optimizers of the rows."""
+        return {row.optimizer for row in self.rows}
+
     def update(self, trainer: pl.Trainer) -> bool:
         """Update the rows and return whether they changed."""
         optimizers = trainer.optimizers

@@ -27,6 +27,7 @@ from lightning_rprop.monitor._history import History
 from lightning_rprop.monitor._loggers import send
 from lightning_rprop.monitor._names import DEFAULT, PREFIX, key_of
 from lightning_rprop.monitor._record import GradientSummary, Plan, Record, measure, summarize_gradients
+from lightning_rprop.monitor._retreats import Retreats
 from lightning_rprop.monitor._rows import Listing, find_rprop
 from lightning_rprop.monitor._warnings import TOPICS, Advice, why_no_record
 
@@ -66,9 +67,12 @@ class StepSizeMonitor(Callback):
                                                decay, as the rule sees it)
     ``zero_gradient``       share, 0 to 1      entries of the gradient that were exactly zero
     ``nonfinite_gradient``  entries            entries of the gradient that were infinite or NaN
+    ``retreats``            steps              how often in this run a :class:`lightning_rprop.Rprop` took back its last
+                                               move because of the loss, also before a resume; not for groups or
+                                               single parameters
     ======================  =================  ========================================================================
 
-    The last three describe the gradient just before the step, or the last one if the step evaluates several times. A
+    The three of the gradient describe it just before the step, or the last one if the step evaluates several times. A
     parameter appears with its first gradient, even if it joins the optimizer later. Quantiles of sharded parameters are
     exact up to 4,096 step sizes per process. A larger shard sends 4,096 evenly spaced order statistics to the other
     processes, which moves a quantile by at most 0.02 percentage points.
@@ -131,6 +135,7 @@ class StepSizeMonitor(Callback):
         self._advice = Advice(self.silence)
         self._history, self._validations = History(), History()
         self._listing = Listing()
+        self._retreats = Retreats()
         self._plan = Plan(self.statistics, self.per_group, frozenset(), self.histogram)
         self._is_watched = False  # whether another callback monitors a step size
         self._is_epoch_measured = False  # whether the last step of this epoch is measured
@@ -174,6 +179,7 @@ class StepSizeMonitor(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the records of a checkpoint, and check the Trainer's configuration."""
         self._restore()
+        self._retreats.start(self._listing.optimizers)
         if self.logging_interval != "epoch":
             self._interval = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._step_measured = self._step_logged = trainer.global_step
@@ -265,6 +271,7 @@ class StepSizeMonitor(Callback):
         """Leave the parameters and optimizers of a running fit out of copies and pickles."""
         # Lightning sets these two on every callback, bound to the module
         kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        self._retreats.update(self._listing.optimizers)
         return kept | {"_listing": Listing(), "_gradients": {}}
 
     @property
@@ -274,11 +281,14 @@ class StepSizeMonitor(Callback):
         return f"{type(self).__qualname__}{interval}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the warnings and the records that ``plot`` draws."""
+        """Return the state of the warnings, the records that ``plot`` draws, and the number of retreats."""
+        self._retreats.update(self._listing.optimizers)
+        retreats = self._retreats.total
         return {
             "advice": self._advice.state_dict(),
             "history": self._history.state_dict(),
             "validations": self._validations.state_dict(),
+            "retreats": None if retreats is None else int(retreats),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -290,6 +300,7 @@ class StepSizeMonitor(Callback):
             self._advice.load_state_dict(self._restored["advice"])
             self._history.load_state_dict(self._restored["history"])
             self._validations.load_state_dict(self._restored["validations"])
+            self._retreats = Retreats(self._restored.get("retreats"))  # checkpoints of older releases have none
             self._restored = None
 
     def plot(self, title: str = "") -> tuple[Figure, np.ndarray[Any, Any]]:
@@ -326,7 +337,9 @@ class StepSizeMonitor(Callback):
 
     def _update_listing(self, trainer: pl.Trainer) -> None:
         """Update the listing, and choose the parameters that are logged separately."""
+        optimizers = self._listing.optimizers
         if self._listing.update(trainer):
+            self._retreats.update(optimizers)  # they may have been replaced
             names = [row.name for row in self._listing.rows]
             chosen = (name for name in names if any(fnmatchcase(name, pattern) for pattern in self._patterns))
             self._plan = self._plan._replace(parameters=frozenset(names if self.per_parameter is True else chosen))
@@ -342,7 +355,9 @@ class StepSizeMonitor(Callback):
         self._step_measured = trainer.global_step
         self._update_listing(trainer)
         gather = trainer.strategy.all_gather if self._listing.is_distributed else None
-        self._record = measure(self._listing.rows, self._gradients.values(), self._plan, loss, gather)
+        self._retreats.update(self._listing.optimizers)
+        retreats = self._retreats.total
+        self._record = measure(self._listing.rows, self._gradients.values(), self._plan, loss, retreats, gather)
         if self._record is None:
             return
         self._metrics = {

@@ -239,7 +239,7 @@ def test_first_counted_micro_batch_calls_hook(tmp_path):
             losses.append(loss.item())
 
     x, y = make_data(20)
-    y = torch.where(torch.arange(20).unsqueeze(1) < 7, torch.nan, y)
+    y = torch.where(torch.arange(20).unsqueeze(1) < 6, torch.nan, y)
     full_batch = FullBatch(weight=lambda batch: batch[1].isfinite().sum())
     fit_data(tmp_path, Seeing(), 7, (x, y), steps=1, full_batch=full_batch)
     assert len(losses) == 1

@@ -19,8 +19,9 @@ DEFAULT = (
     "sign_changed",
     "zero_gradient",
     "nonfinite_gradient",
+    "retreats",
 )
-GRADIENT = DEFAULT[-3:]
+GRADIENT = DEFAULT[-4:-1]
 
 
 def numbers(tensor):
@@ -73,6 +74,8 @@ class Truth(pl.Callback):
         self.before = {}  # {name: [gradient, the same with maximize and weight decay, previous gradient]}
         self.after = {}  # {step: {name: step sizes}}
         self.gradients = {}  # {step: before}
+        self.optimizers = []  # those that count retreats
+        self.retreats = {}  # {step: their number, with one of these optimizers}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         names = {id(p): name for name, p in pl_module.named_parameters()}
@@ -93,6 +96,10 @@ class Truth(pl.Callback):
         if sizes and self.before:
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             self.after[step], self.gradients[step], self.before = sizes, self.before, {}
+            counting = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "retreats")]
+            self.optimizers += [optimizer for optimizer in counting if optimizer not in self.optimizers]
+            if self.optimizers:
+                self.retreats[step] = sum(int(optimizer.retreats) for optimizer in self.optimizers)
 
     def expected(self, step, names=DEFAULT, bounds=(1e-6, 50.0), parameters=(), groups=()):
         """Return the record that the monitor should log at a step, with the keys in order."""
@@ -103,5 +110,8 @@ class Truth(pl.Callback):
             grads, signed, prevs = ([x for m in members for x in numbers(gradients[m][i])] for i in range(3))
             values = of_step_sizes([x for m in members for x in numbers(sizes[m])], bounds, names)
             values |= of_gradients(grads, signed, prevs, names)
-            result |= {f"step_size/{scope}/{n}".replace("//", "/"): values[n] for n in names}
+            if not scope and step in self.retreats:
+                values["retreats"] = self.retreats[step]
+            known = [name for name in names if name in values or name != "retreats"]
+            result |= {f"step_size/{scope}/{n}".replace("//", "/"): values[n] for n in known}
         return result

@@ -28,7 +28,7 @@ def test_csv_and_tensorboard_hold_records(tmp_path):
     assert list(rows) == [2, 5, 8]
     events = EventAccumulator(str(tmp_path / "tb" / "0")).Reload()
     right = {step: truth.expected(step, bounds=BOUNDS, parameters=NAMES) for step in rows}
-    assert len(right[8]) == 50
+    assert len(right[8]) == 51
     for name in right[8]:
         scalars = events.Scalars(name)
         assert [s.step for s in scalars] == [2, 5, 8]
@@ -102,12 +102,12 @@ def test_wandb_and_mlflow_get_each_record(tmp_path):
     seen = json.loads(output.splitlines()[-1])
     records = dict(seen["records"])
     assert list(records) == [1, 3]
-    assert len(records[1]) == 50
+    assert len(records[1]) == 51
     for key, value in records[3].items():
         assert seen["wandb"][key] == value
         assert seen["mlflow"][key] == [[1, records[1][key]], [3, value]]
     assert seen["wandb"]["trainer/global_step"] == 3
-    assert seen["calls"] == [50 + 5 + 1] * 2  # metrics, histograms (overall and of 4 parameters), step
+    assert seen["calls"] == [51 + 5 + 1] * 2  # metrics, histograms (overall and of 4 parameters), step
     assert seen["histogram"] == [12, 61]
 
 

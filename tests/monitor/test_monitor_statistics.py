@@ -249,12 +249,13 @@ def test_record_needs_one_transfer(gathers, monkeypatch):
     with Watch() as watch:
         gradients = [summarize_gradients(rows)]
         gather = (lambda packed: packed.unsqueeze(0)) if gathers else None
-        measured = measure(rows, gradients, plan, torch.tensor(3.0), gather)
+        measured = measure(rows, gradients, plan, torch.tensor(3.0), torch.tensor(2), gather)
     assert len(brought) == 1
     assert brought[0][1] == []
     assert brought[0][2] > 100  # the mode saw it
     assert set(watch.waits) <= {"aten::_local_scalar_dense", "aten::nonzero"}  # afterwards, on the host
     assert measured.loss == 3
+    assert measured.statistics["total", ""]["retreats"] == 2
     assert set(measured.statistics["total", ""]) == set(names)
 
 
