@@ -31,7 +31,7 @@ class BadLosses:
         self.has_state = False  # the optimizer, before the step
         self._is_first = True
         self._is_warned = False
-        self._unread: list[tuple[int, set[bool], Tensor]] = []  # step, values of maximize, loss
+        self._unread: list[tuple[int, set[bool], Any]] = []  # step, values of maximize, loss
         self._in_a_row = 0
 
     def check(self, loss: Tensor, groups: list[dict[str, Any]]) -> None:
@@ -52,10 +52,11 @@ class BadLosses:
         maximize = {group["maximize"] for group in groups if group.get("retreat", False) is not False}
         if not maximize:
             return
-        self._unread.append((self._trainer.global_step, maximize, loss.clone()))  # a graph may reuse the memory
         scaler = self._evaluation.scaler
-        # a GradScaler reads from the device in each step anyway
-        if (loss.is_cpu or scaler is not None or len(self._unread) == _EVERY) and self.read() and scaler is not None:
+        is_read = loss.is_cpu or scaler is not None  # a GradScaler reads from the device in each step anyway
+        value = loss.item() if is_read else loss.clone()  # a graph may reuse the memory
+        self._unread.append((self._trainer.global_step, maximize, value))
+        if (is_read or len(self._unread) == _EVERY) and self.read() and scaler is not None:
             self._evaluation.zero_gradients()  # else the scaler would skip the step that retreats
 
     def read(self) -> bool:
@@ -63,7 +64,9 @@ class BadLosses:
         unread, self._unread = self._unread, []
         if not unread:
             return False
-        values = torch.stack([loss for _, _, loss in unread]).tolist()
+        values = [loss for _, _, loss in unread]
+        if isinstance(values[0], Tensor):
+            values = torch.stack(values).tolist()
         for (step, maximize, _), value in zip(unread, values, strict=True):
             retreats = any(is_bad(value, each) for each in maximize)
             self._in_a_row = self._in_a_row + 1 if retreats else 0

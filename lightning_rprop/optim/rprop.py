@@ -109,8 +109,9 @@ class Rprop(Optimizer):
         tensor([ 0.7800, -1.7800], requires_grad=True)
     """
 
-    shared_loss: bool = False  # class attributes, for optimizers pickled before they existed
-    retreats: int | Tensor = 0
+    # not set on the class, where Lightning's wrapper would find them instead of forwarding
+    shared_loss: bool
+    retreats: int | Tensor
     _is_done: Callable[[float | Tensor], bool] | None = None  # whether max_iter ends before the move of this loss
     _unmoved: set[Tensor]  # parameters whose state was created by a step that moved nothing
 
@@ -146,6 +147,7 @@ class Rprop(Optimizer):
             "differentiable": differentiable,
         }
         self._unmoved = set()
+        self.shared_loss, self.retreats = False, 0
         super().__init__(params, check_options(options))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -192,6 +194,7 @@ class Rprop(Optimizer):
         is_pickled = "defaults" in state
         if is_pickled:
             state["defaults"] = check_options({**LATER_OPTIONS, **state["defaults"]})
+            state = {"shared_loss": False, "retreats": 0, **state}  # which older pickles lack
         # options that the saved groups lack keep this optimizer's values
         own = self.__dict__.get("param_groups") or [LATER_OPTIONS] * len(state["param_groups"])
         for i, (group, own_group) in enumerate(zip(state["param_groups"], own, strict=True)):
