@@ -78,11 +78,11 @@ class Fit:
             self._has_evaluated = True
             if not self.evaluation.is_single:
                 warn_of_micro_batches(self.evaluation.pl_module)
+        self.interrupts.hold()
         for listener in self.listeners:
             listener(loss)
         if self._loss is None:
             self._loss = loss
-        self.interrupts.hold()
         return loss, extra
 
     def end(self) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_rprop._torch import FSDP_MARK
 
@@ -32,6 +33,17 @@ def local(tensor: Any) -> Any:
 def whole(tensor: Any) -> Any:
     """Gather a DTensor with a collective; other tensors are returned unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def reshard(module: nn.Module) -> None:
+    """Give the module its shards back if an evaluation without backward pass has left whole parameters in their place.
+
+    ``fully_shard`` does so in the root module, and the next evaluation would use these whole parameters again.
+    """
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:  # else nobody has sharded a module
+        for each in module.modules():
+            if isinstance(each, fsdp.FSDPModule):
+                each.reshard()
 
 
 def aligned(grad: Any, param: Any) -> Any:
