@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_rprop._lightning import innermost, is_called
+from lightning_rprop._lightning_logs import update_logged
 from lightning_rprop.best.weights import BestWeights
 from lightning_rprop.optim._sharding import is_slice
 
@@ -111,7 +112,8 @@ class KeepBest(Callback):
         if self._best is not None:
             loss = self._sign * self._best._loss
             value = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
-            pl_module.log("best/loss", value, on_step=True, on_epoch=False, batch_size=1)
+            if not update_logged(trainer, "on_before_optimizer_step", "best/loss", value):
+                pl_module.log("best/loss", value, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the best weights."""

@@ -111,9 +111,9 @@ class BestWeights:
             reshard(self._module)
         for home, name, i in self._slots:
             tensor, value = home[name], self._kept[i]
-            if tensor is None:
+            if tensor is None or tensor.is_inference():
                 home[name] = value.clone()
-            elif tensor.shape != value.shape or tensor.is_inference() or 0 in tensor.stride():
+            elif tensor.shape != value.shape or 0 in tensor.stride():  # an expanded tensor cannot be written to
                 tensor.data = value.clone()
             else:
                 local(tensor).copy_(local(value))
