@@ -119,7 +119,7 @@ class KeepBest(Callback):
         """Restore the best weights."""
         self._finish()
         if self.restore and self.best_step is None:
-            rank_zero_warn("KeepBest restores no weights, because no loss was finite. Check the data and the loss")
+            rank_zero_warn("KeepBest restores no weights, because no evaluation gave a finite loss")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Restore the best weights. Lightning calls no ``teardown`` in this case."""
