@@ -29,8 +29,8 @@ class KeepBest(Callback):
     The weights are all parameters and buffers of the module. They are restored after the other callbacks have ended:
     after early stopping, ``max_time``, Ctrl-C and other exceptions too. ``last.ckpt`` and other checkpoints therefore
     hold the state from which a run resumes, not the best weights. They hold the best weights so far as well, in the
-    state of this callback, and a resumed run ends as if it had not been interrupted, on any number of ranks. A fit that
-    does not resume from a checkpoint starts without a best loss.
+    state of this callback, and a resumed run ends as if it had not been interrupted, on any number of ranks (with
+    DeepSpeed, on the same number). A fit that does not resume from a checkpoint starts without a best loss.
 
     Args:
         restore: Whether to restore the best weights; ``False`` only finds and logs the best loss.
@@ -44,7 +44,7 @@ class KeepBest(Callback):
         ValueError: If ``restore`` is not a bool.
         MisconfigurationException: At the start of ``fit``, if there is no FullBatch or another KeepBest, if only some
             parameter groups have ``maximize=True``, or if the parameters are those of FullyShardedDataParallel
-            (version 1) or DeepSpeed ZeRO stage 3.
+            (version 1).
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -162,11 +162,10 @@ class KeepBest(Callback):
                 "KeepBest cannot tell which loss is the best, because only some parameter groups have maximize=True. "
                 "Set it for all groups or for none"
             )
-        params = [*pl_module.parameters()]
-        if any(is_slice(param) or hasattr(param, "ds_tensor") for param in params):
+        if any(map(is_slice, pl_module.parameters())):
             raise MisconfigurationException(
-                f"KeepBest cannot copy the parameters of {type(trainer.strategy).__name__}, which are merged and cut "
-                "into slices. Use strategy='ddp', ModelParallelStrategy, or DeepSpeed ZeRO up to stage 2"
+                "KeepBest cannot copy the parameters of FullyShardedDataParallel (version 1), which have no whole "
+                "shape. Use strategy='ddp' or ModelParallelStrategy"
             )
         self._sign = -1 if directions == {True} else 1
         self._best = BestWeights(pl_module)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_rprop._torch import buffer_dicts
-from lightning_rprop.optim._sharding import local, placed, reshard, whole
+from lightning_rprop.optim._sharding import local, placed, reshard, stored, whole
 
 # Where a tensor is: a dict, its key there, and the position of its copy. Tied tensors share one copy.
 _Slot: TypeAlias = tuple[dict[Any, Any], Any, int]
@@ -110,7 +110,7 @@ class BestWeights:
         if self._module is not None:
             reshard(self._module)
         for home, name, i in self._slots:
-            tensor, value = home[name], self._kept[i]
+            tensor, value = stored(home[name]), self._kept[i]
             if tensor is None or tensor.is_inference():
                 home[name] = value.clone()
             elif tensor.shape != value.shape or 0 in tensor.stride():  # an expanded tensor cannot be written to
@@ -121,7 +121,8 @@ class BestWeights:
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state, which ``torch.load(..., weights_only=True)`` can read.
 
-        Tensors are whole, on the CPU. With DTensors every rank must call it.
+        The tensors are on the CPU. DTensors are gathered, so every rank must call it. With DeepSpeed ZeRO stage 3, they
+        are this rank's slices, because its checkpoints need the same number of ranks.
         """
         kept = [] if self.step is None else self._kept
         return {
@@ -212,6 +213,7 @@ class BestWeights:
             for name, tensor in home.items():
                 if tensor is None or is_lazy(tensor):
                     continue
+                tensor = stored(tensor)
                 if id(tensor) not in positions:
                     positions[id(tensor)] = len(tensors)
                     tensors.append(tensor)

@@ -35,15 +35,25 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def reshard(module: nn.Module) -> None:
-    """Give the module its shards back if an evaluation without backward pass has left whole parameters in their place.
+def stored(tensor: Any) -> Any:
+    """Return the slice of a parameter of DeepSpeed ZeRO stage 3; other tensors are returned unchanged."""
+    return getattr(tensor, "ds_tensor", tensor)
 
-    ``fully_shard`` does so in the root module, and the next evaluation would use these whole parameters again.
+
+def reshard(module: nn.Module) -> None:
+    """Free the whole parameters that an evaluation has gathered, so that the next one gathers the shards again.
+
+    Without a backward pass, ``fully_shard`` keeps those of the root module. DeepSpeed ZeRO stage 3 keeps small ones.
     """
     if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:  # else nobody has sharded a module
         for each in module.modules():
             if isinstance(each, fsdp.FSDPModule):
                 each.reshard()
+    param: Any
+    for param in module.parameters():
+        is_whole = hasattr(param, "ds_tensor") and param.ds_status.name == "AVAILABLE"
+        if is_whole and not param.ds_active_sub_modules:  # which a failed evaluation leaves
+            param.partition()
 
 
 def aligned(grad: Any, param: Any) -> Any:

@@ -303,7 +303,11 @@ class Another(KeepBest):
             "KeepBest is among the callbacks more than once: leave one",
         ),
         ([FullBatch(), KeepBest()], half, "only some parameter groups have maximize=True. Set it for all groups"),
-        ([FullBatch(), KeepBest()], sliced, "cannot copy the parameters of SingleDeviceStrategy.* Use strategy='ddp'"),
+        (
+            [FullBatch(), KeepBest()],
+            sliced,
+            "cannot copy the parameters of FullyShardedDataParallel .version 1.* Use strategy='ddp'",
+        ),
     ],
 )
 def test_bad_setups_are_refused(callbacks, make, message, tmp_path):

@@ -1,44 +1,40 @@
 """On several ranks, and on shards, KeepBest ends as in one process; a run resumes on another number of ranks."""
 
-import pytest
+import strategy_ranks
 import torch
-from best_ranks import EVERY, RESUMED, STEPS, STRATEGIES, WORLDS
+from best_ranks import EVERY, RESUMED, STAGES, STEPS, STRATEGIES, WORLDS
 from programs import HELPERS, run
-from strategy_ranks import OPTIONS, SAMPLES, VARIANTS, Towers
+from strategy_ranks import OPTIONS, ROWS_OPTIONS, SAMPLES, VARIANTS, Rows, Towers, small_numbers
 from whole_set import whole_numbers
 
 from lightning_rprop import Rprop
 
 
-@pytest.fixture(scope="module")
-def truth():
+def best_of(net, data, options, steps):
     """Return loss, step and parameters of the best evaluation of a plain loop in one process."""
-    net, data = Towers(), whole_numbers(SAMPLES)
-    groups = [
-        {"params": tower.parameters(), "variant": variant} for tower, variant in zip(net.towers, VARIANTS, strict=True)
-    ]
-    optimizer = Rprop(groups, **OPTIONS)
+    groups = [{"params": t.parameters(), "variant": v} for t, v in zip(net.towers, VARIANTS, strict=True)]
+    optimizer = Rprop(groups, **options)
     seen = []
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         loss = net(*data)
         loss.backward()
         params = {f"net.{name}": param.detach().clone() for name, param in net.named_parameters()}
         seen.append((loss.item() / SAMPLES, step, params))
         optimizer.step(loss=loss)
-    best = min(seen, key=lambda found: found[0])
-    assert EVERY < best[1] < 2 * EVERY
-    return best
+    return min(seen, key=lambda found: found[0])
 
 
 def same(found, truth):
     """Return whether a fit has found the best step and ends there."""
-    loss, step, params = truth
+    *best, params = truth
     ends = all(torch.equal(found["params"][name], param) for name, param in params.items())
-    return found["found"] == (loss, step) and found["loss"] == loss and ends
+    return found["found"] == tuple(best) and found.get("loss", best[0]) == best[0] and ends
 
 
-def test_ranks_end_at_the_best_of_one_process(truth, tmp_path):
+def test_ranks_end_at_the_best_of_one_process(tmp_path):
+    truth = best_of(Towers(), whole_numbers(SAMPLES), OPTIONS, STEPS)
+    assert EVERY < truth[1] < 2 * EVERY
     run(tmp_path, HELPERS / "best_ranks.py")
     for world in WORLDS:
         for rank in range(world):
@@ -55,3 +51,12 @@ def test_ranks_end_at_the_best_of_one_process(truth, tmp_path):
             assert output.item() == 5 * 2 * (3 * 2 + 2) + 2  # all parameters are 2
             assert [tensor.shape for tensor in tensors] == [(5, 3), (5,), (1, 5), (1,)]
             assert all((tensor == 2).all() for tensor in tensors)
+
+
+def test_deepspeed_stages_end_at_the_best(tmp_path):
+    truth = best_of(Rows(), small_numbers(SAMPLES), ROWS_OPTIONS, strategy_ranks.STEPS)
+    run(tmp_path, HELPERS / "best_ranks.py", "deepspeed")
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"deepspeed-{rank}.pt")
+        assert len(seen) == 2 * len(STAGES)
+        assert all(same(found, truth) for found in seen.values())

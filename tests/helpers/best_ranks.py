@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+import deepspeed_ranks
 import forks
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from on_cpu import DeepSpeedOnCPU
 from strategy_ranks import SAMPLES, Begin, Fit, loader, make, make_trainer, parameters, run, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,7 +17,8 @@ from whole_set import whole_numbers
 from lightning_rprop import BestWeights, FullBatchLoader, KeepBest
 from lightning_rprop.best import weights
 
-STRATEGIES = ("ddp", "zero", "fsdp2", "fsdp2 full")
+STRATEGIES = ("ddp", "zero", "fsdp2")
+STAGES = (1, 2, 3)  # of DeepSpeed ZeRO
 WORLDS = (2, 3)
 STEPS, EVERY = 20, 9  # saves before and after the best step
 RESUMED = {1: (3, EVERY), 2: (3, 2 * EVERY), 3: (2, EVERY)}  # ranks that resume: the ranks that saved, and the step
@@ -78,8 +83,25 @@ def plain(rank, world):
     torch.distributed.destroy_process_group()
 
 
+def deepspeed(rank, world):
+    """Train and resume in each ZeRO stage."""
+    seen = {}
+    for stage in STAGES:
+        for path in (None, f"{stage}.ckpt"):
+            keep = KeepBest()
+            saves = [ModelCheckpoint(".", f"{stage}", every_n_train_steps=45)] if path is None else []  # after the best
+            callbacks = [keep, *saves]
+            params = deepspeed_ranks.fit(stage, path, callbacks=callbacks, enable_checkpointing=bool(saves))
+            seen[stage, path] = {"found": (keep.best_loss, keep.best_step), "params": params}
+    torch.save(seen, f"deepspeed-{rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1:] == ["deepspeed"]:
+        DeepSpeedOnCPU(0)  # imports DeepSpeed, once for all ranks
+        forks.run(2, deepspeed)
+        sys.exit()
     for world in WORLDS:
         run("fit", world, fit_and_save, STRATEGIES)
     for world, (saved_on, step) in RESUMED.items():

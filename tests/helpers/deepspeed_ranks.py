@@ -12,7 +12,7 @@ from on_cpu import DeepSpeedOnCPU
 from strategy_ranks import SAMPLES, SAVED_AT, WORLDS, Begin, Fit, Rows, loader, make_trainer, small_numbers
 from whole_set import Regression, make_data
 
-from lightning_rprop import FullBatchLoader, KeepBest, StepSizeMonitor
+from lightning_rprop import FullBatchLoader, StepSizeMonitor
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("bf16-mixed", "bf16-true")  # not in stage 0, where DeepSpeed steps before there is a loss
@@ -56,14 +56,6 @@ def fit(stage, ckpt_path=None, **options):
     return whole(module, stage)
 
 
-def best(stage, ckpt_path=None, **options):
-    """Train with KeepBest, and return what it found and the parameters at the end."""
-    keep = KeepBest()
-    saved = [ModelCheckpoint(".", f"best-{stage}", every_n_train_steps=45)] if ckpt_path is None else []
-    params = fit(stage, ckpt_path, callbacks=[keep, *saved], **options)
-    return {"params": params, "found": (keep.best_loss, keep.best_step)}
-
-
 def error_of(stage, callbacks=(), **options):
     """Return the error of a fit that is refused."""
     try:
@@ -83,7 +75,6 @@ def fits(stage, world):
         seen["params"] = fit(stage, callbacks=[saved], enable_checkpointing=True)
         seen["resumed"] = fit(stage, callbacks=[begin], ckpt_path=f"{stage}.ckpt")
         seen["from"] = begin.step
-        seen["best"] = [best(stage, enable_checkpointing=True), best(stage, f"best-{stage}.ckpt")]
         seen |= {precision: fit(stage, precision=precision) for precision in PRECISIONS if stage}
     else:
         seen["params"] = fit(stage)
