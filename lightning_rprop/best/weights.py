@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
-from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_rprop._torch import buffer_dicts
+from lightning_rprop.optim._loss import is_number
 from lightning_rprop.optim._sharding import local, placed, reshard, stored, whole
 
 # Where a tensor is: a dict, its key there, and the position of its copy. Tied tensors share one copy.
@@ -244,14 +244,14 @@ def _tensors_of(params: Any) -> Iterator[Tensor]:
 
 def _comparable(loss: float | Tensor) -> float | Tensor:
     """Return the loss as a number if the host has it, else as a tensor that holds it exactly."""
-    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
-        value: Tensor = whole(loss.detach()).reshape(())
-        if _is_on_host(value):
-            return float(value)
-        return value.to(torch.float32 if value.device.type == "mps" else torch.float64)  # MPS has no float64
-    if isinstance(loss, Tensor) or not isinstance(loss, Real):
+    if not is_number(loss):
         raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}. Reduce it to one number")
-    return float(loss)
+    if not isinstance(loss, Tensor):
+        return float(loss)
+    value: Tensor = whole(loss.detach()).reshape(())
+    if _is_on_host(value):
+        return float(value)
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)  # MPS has no float64
 
 
 def _is_on_host(tensor: Tensor) -> bool:
