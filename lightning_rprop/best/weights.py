@@ -94,7 +94,7 @@ class BestWeights:
         self._update(loss, self._updates)
         self._updates += 1
 
-    @torch.inference_mode(False)  # otherwise the copies could only be written to in inference mode
+    @torch.inference_mode(False)  # which would not count the changes in place
     @torch.no_grad()
     def restore(self) -> None:
         """Set the parameters, in place, to those with the lowest loss. Updates can continue afterwards.
@@ -110,7 +110,7 @@ class BestWeights:
         if self._module is not None:
             reshard(self._module)
         for home, name, i in self._slots:
-            tensor, value = stored(home[name]), self._kept[i]
+            tensor, value = stored(home.get(name)), self._kept[i]
             if tensor is None or tensor.is_inference():
                 home[name] = value.clone()
             elif tensor.shape != value.shape or 0 in tensor.stride():  # an expanded tensor cannot be written to
@@ -167,7 +167,7 @@ class BestWeights:
         self._loss, self._updates = state_dict["loss"], state_dict["updates"]
         self._step = -1 if state_dict["step"] is None else state_dict["step"]
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # in which the copies would be allocated as read-only
     @torch.no_grad()
     def _update(self, loss: float | Tensor, step: int) -> None:
         """Copy the parameters if the loss is lower, and then report this step as the best."""
@@ -248,7 +248,7 @@ def _comparable(loss: float | Tensor) -> float | Tensor:
         raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}. Reduce it to one number")
     if not isinstance(loss, Tensor):
         return float(loss)
-    value: Tensor = whole(loss.detach()).reshape(())
+    value: Tensor = whole(loss).reshape(())
     if _is_on_host(value):
         return float(value)
     return value.to(torch.float32 if value.device.type == "mps" else torch.float64)  # MPS has no float64

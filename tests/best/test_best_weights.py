@@ -1,20 +1,17 @@
 """BestWeights in plain loops: what it keeps, how it compares, what it restores."""
 
 import copy
-import math
 
 import pytest
 import torch
-from cases import DTYPES, VARIANTS, dense_parameters, parameters, same_bits, through_file
+from best_walks import BEST, LOSSES, copies, move, network, walk
+from cases import DTYPES, VARIANTS, dense_parameters, parameters, same_bits
 from lit import all_equal
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rprop import BestWeights, Rprop
 from lightning_rprop.best import weights
-
-LOSSES = [3.0, math.nan, 2.0, 2.0, math.inf, 2.5, -1.0, 0.0]
-BEST = 6  # the step of the lowest
 
 
 class NoSync(TorchDispatchMode):
@@ -23,35 +20,6 @@ class NoSync(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function is not torch.ops.aten._local_scalar_dense.default
         return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture(params=["host", "device"])
-def place(request, monkeypatch):
-    """Run a test as on the CPU, and as if the loss were on an accelerator."""
-    if request.param == "device":
-        monkeypatch.setattr(weights, "_is_on_host", lambda tensor: False)
-    return request.param
-
-
-def copies(tensors):
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def move(tensors):
-    """Change tensors in place, as a step does."""
-    with torch.no_grad():
-        for tensor in tensors:
-            tensor.add_(1)
-
-
-def walk(best, tensors, losses=LOSSES):
-    """Update with these losses, move after each, and return the tensors at each."""
-    seen = []
-    for loss in losses:
-        seen.append(copies(tensors))
-        best.update(torch.tensor(loss))
-        move(tensors)
-    return seen
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -145,11 +113,19 @@ def test_updates_in_grad_modes_mix(mode, place):
     with mode():
         walk(best, params[:0], [3.0])
     seen = walk(best, params, [2.0])
+    versions = [param._version for param in params]
     with mode():
         walk(best, params[:0], [4.0])
         best.restore()
     assert all_equal(params, seen[0])
-    assert all(param.requires_grad and not param.is_inference() for param in params)
+    assert all(param._version > version for param, version in zip(params, versions, strict=True))
+    other = BestWeights(params)
+    with mode():
+        other.load_state_dict(best.state_dict())
+    move(params)
+    seen = walk(other, params, [1.0])
+    other.restore()
+    assert all_equal(params, seen[0])
 
 
 def groups_of(net):
@@ -158,10 +134,6 @@ def groups_of(net):
         {"params": net[2].weight},
         {"params": list(net[0].named_parameters())},
     ]
-
-
-def network():
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
 @pytest.mark.parametrize(
@@ -218,10 +190,12 @@ def test_buffers_are_followed(place):
         net.fixed = torch.full((1,), float(i)).expand(3)
         best.update(torch.tensor(loss))
     net.later = None
+    del net.running_var
     best.restore()
     assert net.history.tolist() == [0.0, 1.0]
     assert net.running_mean.tolist() == [1.0, 1.0]
     assert net.later.tolist() == [1.0]
+    assert net.running_var.tolist() == [1.0, 1.0]
     assert net.fixed.tolist() == [1.0, 1.0, 1.0]
     assert net.inferred.tolist() == [1.0, 1.0]
     net.history = torch.arange(9.0)
@@ -239,97 +213,3 @@ def test_lazy_parameters_join_when_initialized(place):
     move(net.parameters())
     best.restore()
     assert all_equal(net.parameters(), before)
-
-
-@pytest.mark.parametrize("cut", range(len(LOSSES) + 1))
-def test_state_continues_exactly(cut, place):
-    net, other = network(), network()
-    whole, first, second = BestWeights(net), BestWeights(net), BestWeights(other)
-    tensors, others = [*net.parameters(), *net.buffers()], [*other.parameters(), *other.buffers()]
-    for loss in LOSSES[:cut]:
-        whole.update(torch.tensor(loss))
-        first.update(torch.tensor(loss))
-        move(tensors)
-    second.load_state_dict(through_file(first.state_dict()))
-    other.load_state_dict(net.state_dict())
-    for loss in LOSSES[cut:]:
-        whole.update(torch.tensor(loss))
-        second.update(torch.tensor(loss))
-        move(tensors + others)
-    whole.restore()
-    second.restore()
-    assert (second.loss, second.step) == (whole.loss, whole.step) == (-1.0, BEST)
-    assert all_equal(tensors, others)
-
-
-def test_state_dict_is_a_copy():
-    params = [torch.zeros(2)]
-    best = BestWeights(params)
-    best.update(1.0)
-    state = best.state_dict()
-    move(params)
-    best.update(0.0)
-    assert state["tensors"][0].tolist() == [0.0, 0.0]
-    other = BestWeights([torch.zeros(2)])
-    other.load_state_dict(state)
-    state["tensors"][0].fill_(9)
-    assert other.state_dict()["tensors"][0].tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("params", "error", "message"),
-    [
-        (torch.zeros(2), TypeError, "an iterable of tensors or parameter groups, got Tensor"),
-        (3, TypeError, "an iterable of tensors or parameter groups, got int. Pass the model"),
-        ({torch.zeros(1)}, TypeError, "parameter groups, got set"),
-        (dict(nn.Linear(1, 1).named_parameters()), TypeError, "parameter groups, got dict"),
-        ([1.0], TypeError, r"or parameter groups, got 1.0 \(float\)"),
-        ([{"lr": 1}], TypeError, r"got {'lr': 1} \(dict\)"),
-        ([{"params": [None]}], TypeError, r"got None \(NoneType\). Pass list\(model.parameters\(\)\)"),
-        ([], ValueError, r"no parameters in \[\]. Pass a module"),
-        (nn.Tanh(), ValueError, r"no parameters in Tanh\(\)"),
-    ],
-)
-def test_bad_parameters_are_refused(params, error, message):
-    with pytest.raises(error, match=message):
-        BestWeights(params)
-
-
-@pytest.mark.parametrize("loss", [torch.zeros(2), torch.zeros(0), [1.0], "1", None, 1j, torch.tensor(1j)])
-def test_bad_losses_are_refused(loss):
-    params = [torch.zeros(2)]
-    best = BestWeights(params)
-    best.update(1.0)
-    state = str(best.state_dict())
-    move(params)
-    with pytest.raises(ValueError, match="loss must be a number or a tensor of one element, got"):
-        best.update(loss)
-    assert str(best.state_dict()) == state
-
-
-@pytest.mark.parametrize("losses", [[], [math.nan, math.inf]])
-def test_restore_needs_a_finite_loss(losses, place):
-    params = [torch.zeros(2)]
-    best = BestWeights(params)
-    walk(best, params, losses)
-    before = copies(params)
-    assert (best.loss, best.step) == (math.inf, None)
-    with pytest.raises(RuntimeError, match=r"no update had a finite loss. Call update\(loss\) in the training loop"):
-        best.restore()
-    assert all_equal(params, before)
-
-
-def test_loading_checks_before_it_changes():
-    best = BestWeights([torch.zeros(2), torch.zeros(1)])
-    best.update(1.0)
-    before = str(best.state_dict())
-    for others, message in (
-        ([torch.ones(2)], "the state has 1 tensors, but the model has 2"),
-        ([torch.ones(2), torch.ones(2)], r"tensor 1 is torch.float32 of shape \(2,\) in the state, but .* \(1,\)"),
-        ([torch.ones(2), torch.ones(1).double()], r"tensor 1 is torch.float64 of shape \(1,\) in the state"),
-    ):
-        other = BestWeights(others)
-        other.update(0.5)
-        with pytest.raises(ValueError, match=message):
-            best.load_state_dict(other.state_dict())
-        assert str(best.state_dict()) == before
