@@ -270,9 +270,16 @@ def test_no_evaluation_restores_nothing(tmp_path):
             return -1
 
     module, keep = Skipping(), KeepBest()
-    fit(tmp_path, Regression(), None, callbacks=[keep])
     before = copy.deepcopy(module.state_dict())
     with pytest.warns(UserWarning, match="KeepBest restores no weights, because no evaluation gave a finite loss"):
         fit(tmp_path, module, None, max_epochs=1, steps=-1, callbacks=[keep])
     assert all_equal(module.state_dict().values(), before.values())
+    assert (keep.best_loss, keep.best_step) == (float("inf"), None)
+
+
+def test_empty_fit_forgets_the_one_before(tmp_path):
+    keep = KeepBest()
+    fit(tmp_path, Regression(), None, callbacks=[keep])
+    assert keep.best_step is not None
+    fit(tmp_path, Regression(), None, steps=0, callbacks=[keep])
     assert (keep.best_loss, keep.best_step) == (float("inf"), None)
