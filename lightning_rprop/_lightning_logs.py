@@ -23,6 +23,20 @@ def is_logged(trainer: pl.Trainer, name: str) -> bool:
     return False
 
 
+def update_logged(trainer: pl.Trainer, hook: str, name: str, value: Tensor) -> bool:
+    """Replace the value of a step that this hook logged earlier in the epoch; ``self.log`` takes 0.2 ms each time.
+
+    Returns:
+        Whether it was logged in this epoch; otherwise nothing changes.
+    """
+    results = trainer._results
+    metric = results.get(f"{hook}.{name}") if results else None
+    if metric is None or metric.has_reset:
+        return False
+    metric._forward_cache = value
+    return True
+
+
 class StepLogs:
     """Makes ``self.log(..., on_step=True)`` show all micro-batches of a step; Lightning would show the last one.
 

@@ -1,5 +1,187 @@
-"""To be written."""
+"""The Lightning callback that ends a fit with its best weights."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_rprop._lightning import innermost, is_called
+from lightning_rprop._lightning_logs import update_logged
+from lightning_rprop.best.weights import BestWeights
+from lightning_rprop.optim._sharding import is_slice
 
 
-class KeepBest:
-    """To be written."""
+class KeepBest(Callback):
+    """Keep the weights with the lowest loss of the fit, and restore them at its end.
+
+    Needs :class:`~lightning_rprop.FullBatch`, which computes the exact loss of the weights. Every evaluation of the
+    whole data set counts, also those within a step of ``max_iter`` or ``torch.optim.LBFGS``. With ``maximize=True`` of
+    the optimizer, the highest loss is the best. The loss is logged as ``best/loss`` in every step.
+
+    The weights are all parameters and buffers of the module. They are restored after the other callbacks have ended:
+    after early stopping, ``max_time``, Ctrl-C and other exceptions too. ``last.ckpt`` and other checkpoints therefore
+    hold the state from which a run resumes, not the best weights. They hold the best weights so far as well, in the
+    state of this callback, and a resumed run ends as if it had not been interrupted, on any number of ranks (with
+    DeepSpeed, on the same number). A fit that does not resume from a checkpoint starts without a best loss.
+
+    Args:
+        restore: Whether to restore the best weights; ``False`` only finds and logs the best loss.
+
+    Attributes:
+        best_loss: The best loss of the fit; ``inf`` before the first (``-inf`` with ``maximize=True``).
+        best_step: ``trainer.global_step`` when it was evaluated, the number of optimizer steps before; ``None`` before
+            the first.
+
+    Raises:
+        ValueError: If ``restore`` is not a bool.
+        MisconfigurationException: At the start of ``fit``, if there is no FullBatch or another KeepBest, if only some
+            parameter groups have ``maximize=True``, or if the parameters are those of FullyShardedDataParallel
+            (version 1).
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_rprop import FullBatch
+        >>> trainer = Trainer(callbacks=[FullBatch(), KeepBest()], logger=False)
+
+    ``ModelCheckpoint(monitor="loss")`` cannot do this, because it saves the weights after a step together with the loss
+    before it.
+    """
+
+    def __init__(self, restore: bool = True) -> None:
+        super().__init__()
+        if not isinstance(restore, bool):
+            raise ValueError(f"restore must be True or False, got {restore!r}")
+        self.restore = restore
+        self._reset()
+
+    def _reset(self) -> None:
+        self._best: BestWeights | None = None  # during a fit
+        self._found: tuple[float, int | None] = math.inf, None  # after it
+        self._sign = 1  # of the loss that is minimized
+        self._restored: dict[str, Any] | None = None
+
+    @property
+    def best_loss(self) -> float:
+        """The best loss of the fit; reading it during the fit waits for the accelerator."""
+        return self._sign * (self._found[0] if self._best is None else self._best.loss)
+
+    @property
+    def best_step(self) -> int | None:
+        """The number of optimizer steps before the best loss."""
+        return self._found[1] if self._best is None else self._best.step
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the callbacks, and move this one behind all others."""
+        if stage != "fit":
+            return
+        self._reset()
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(is_called(callback, "FullBatch") for callback in callbacks):
+            raise MisconfigurationException(
+                "KeepBest needs the exact loss of the weights, which FullBatch computes, but there is no FullBatch "
+                "among the callbacks. Add FullBatch() and train with a FullBatchLoader; in other loops, use BestWeights"
+            )
+        if sum(is_called(callback, "KeepBest") for callback in callbacks) > 1:
+            raise MisconfigurationException("KeepBest is among the callbacks more than once: leave one")
+        # a new list, because Lightning is iterating over the old one; last, so that the others save the resumable state
+        trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start to listen to the evaluations."""
+        self._start(trainer, pl_module)
+        (full_batch,) = (c for c in trainer.callbacks if is_called(c, "FullBatch"))  # type: ignore[attr-defined]
+        full_batch._listen(partial(self._update, trainer))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find parameters and submodules that have joined."""
+        if self._best is not None:
+            self._best._find()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Log the best loss; here, because on_train_batch_end of this callback comes after that of ModelCheckpoint."""
+        if self._best is not None:
+            loss = self._sign * self._best._loss
+            value = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+            if not update_logged(trainer, "on_before_optimizer_step", "best/loss", value):
+                pl_module.log("best/loss", value, on_step=True, on_epoch=False, batch_size=1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore the best weights."""
+        self._finish()
+        if self.restore and self.best_step is None:
+            rank_zero_warn("KeepBest restores no weights, because no evaluation gave a finite loss")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Restore the best weights. Lightning calls no ``teardown`` in this case."""
+        try:
+            self._finish()
+        finally:
+            self.teardown(trainer, pl_module, "fit")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore the best weights after a fit that resumed at its end and has trained nothing."""
+        if self._restored is not None:
+            self._start(trainer, pl_module)
+            self._finish()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Drop all references to the module."""
+        self.__dict__ = self.__getstate__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best weights so far, whole and on the CPU; every rank must call it."""
+        return {} if self._best is None else self._best.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until a fit resumes from it, because ``test`` with a checkpoint must not change anything."""
+        self._restored = state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which takes no part in a running fit."""
+        found = self._found if self._best is None else (self._best.loss, self._best.step)
+        # Lightning sets these two on every callback, bound to the module
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return kept | {"_best": None, "_found": found, "_restored": None}
+
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin with no best weights, or with those of the checkpoint."""
+        groups = innermost(trainer.optimizers[0]).param_groups if trainer.optimizers else []
+        directions = {bool(group.get("maximize")) for group in groups}
+        if len(directions) > 1:
+            raise MisconfigurationException(
+                "KeepBest cannot tell which loss is the best, because only some parameter groups have maximize=True. "
+                "Set it for all groups or for none"
+            )
+        if any(map(is_slice, pl_module.parameters())):
+            raise MisconfigurationException(
+                "KeepBest cannot copy the parameters of FullyShardedDataParallel (version 1), which have no whole "
+                "shape. Use strategy='ddp' or ModelParallelStrategy"
+            )
+        self._sign = -1 if directions == {True} else 1
+        self._best = BestWeights(pl_module)
+        if self._restored is not None:
+            self._best.load_state_dict(self._restored)
+            self._restored = None
+
+    def _update(self, trainer: pl.Trainer, loss: Tensor) -> None:
+        """Take the loss of an evaluation."""
+        assert self._best is not None
+        self._best._update(self._sign * loss, trainer.global_step)
+
+    def _finish(self) -> None:
+        """Restore the best weights, if any, and keep only their loss and step."""
+        if self._best is not None:
+            best, self._best = self._best, None
+            self._found = best.loss, best.step
+            if self.restore and best.step is not None:
+                best.restore()

@@ -1,5 +1,258 @@
-"""To be written."""
+"""The parameters with the lowest loss so far, for any loop and any optimizer."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_rprop._torch import buffer_dicts
+from lightning_rprop.optim._loss import is_number
+from lightning_rprop.optim._sharding import local, placed, reshard, stored, whole
+
+# Where a tensor is: a dict, its key there, and the position of its copy. Tied tensors share one copy.
+_Slot: TypeAlias = tuple[dict[Any, Any], Any, int]
+
+_layout = operator.attrgetter("shape", "dtype", "device")
 
 
 class BestWeights:
-    """To be written."""
+    """Keep a copy of the parameters with the lowest loss so far.
+
+    Works in any loop and with any optimizer. Call :meth:`update` with the loss of the current parameters, before the
+    optimizer moves them, and :meth:`restore` at the end. The copy is allocated at the first update and reused. If loss
+    and parameters are on an accelerator, updates are conditional copies there, and nothing waits for the host. Only a
+    tensor that changes its shape costs one comparison on the host.
+
+    Every rank keeps its shards of DTensors. The ranks must pass the same loss, or they keep different steps.
+
+    Args:
+        params_or_module: A module, whose buffers are kept too, including those that are assigned anew. Or what
+            ``torch.optim`` takes: an iterable of tensors, of ``(name, tensor)`` pairs or of parameter groups, such as
+            ``optimizer.param_groups``. Lazy parameters are kept as soon as they are initialized.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it contains no tensor.
+
+    Example:
+        >>> w = torch.zeros(1, requires_grad=True)
+        >>> optimizer = torch.optim.Rprop([w], lr=0.25, step_sizes=(0.25, 0.25))
+        >>> best = BestWeights([w])
+        >>> for _ in range(4):
+        ...     loss = (w - 0.5625).square().sum()
+        ...     loss.backward()
+        ...     best.update(loss)
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> best.restore()
+        >>> best.loss, best.step, w.tolist()
+        (0.00390625, 2, [0.5])
+    """
+
+    def __init__(self, params_or_module: nn.Module | Iterable[Any]) -> None:
+        self._module = params_or_module if isinstance(params_or_module, nn.Module) else None
+        self._homes: list[dict[Any, Tensor | None]] = []
+        if self._module is None:
+            self._homes = [dict(enumerate(_tensors_of(params_or_module)))]
+        self._find()
+        if not any(self._homes):
+            raise ValueError(f"BestWeights got no parameters in {params_or_module!r}. Pass a module or its parameters")
+        self._slots: list[_Slot] = []
+        self._layouts: list[Any] = []
+        self._kept: list[Tensor] = []
+        self._loss: float | Tensor = math.inf
+        self._step: int | Tensor = -1
+        self._updates = 0
+
+    @property
+    def loss(self) -> float:
+        """The lowest loss so far; ``inf`` before the first. Reading it waits for the accelerator."""
+        return float(self._loss)
+
+    @property
+    def step(self) -> int | None:
+        """The number of updates before that of the lowest loss; ``None`` before the first finite loss."""
+        step = int(self._step)
+        return None if step < 0 else step
+
+    def update(self, loss: float | Tensor) -> None:
+        """Copy the parameters if the loss is lower than at every update before.
+
+        Args:
+            loss: The loss of the current parameters, a number or a tensor of one element. NaN and ``inf`` are never the
+                lowest.
+
+        Raises:
+            ValueError: If the loss is not one real number.
+        """
+        self._update(loss, self._updates)
+        self._updates += 1
+
+    @torch.inference_mode(False)  # which would not count the changes in place
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the parameters, in place, to those with the lowest loss. Updates can continue afterwards.
+
+        Raises:
+            RuntimeError: If there was no update with a finite loss.
+        """
+        if self.step is None:
+            raise RuntimeError(
+                "BestWeights has nothing to restore, because no update had a finite loss. Call update(loss) in the "
+                "training loop, before the optimizer's step"
+            )
+        if self._module is not None:
+            reshard(self._module)
+        for home, name, i in self._slots:
+            tensor, value = stored(home.get(name)), self._kept[i]
+            if tensor is None or tensor.is_inference():
+                home[name] = value.clone()
+            elif tensor.shape != value.shape or 0 in tensor.stride():  # an expanded tensor cannot be written to
+                tensor.data = value.clone()
+            else:
+                local(tensor).copy_(local(value))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state, which ``torch.load(..., weights_only=True)`` can read.
+
+        The tensors are on the CPU. DTensors are gathered, so every rank must call it. With DeepSpeed ZeRO stage 3, they
+        are this rank's slices, because its checkpoints need the same number of ranks.
+        """
+        kept = [] if self.step is None else self._kept
+        return {
+            "loss": self.loss,
+            "step": self.step,
+            "updates": self._updates,
+            "tensors": [whole(tensor).to("cpu", copy=True) for tensor in kept],
+        }
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the state of a :class:`BestWeights` of the same module or parameters, on any number of ranks.
+
+        Args:
+            state_dict: The result of :meth:`state_dict`.
+
+        Raises:
+            ValueError: If the number, a shape or a dtype of the tensors differs; then nothing changes.
+        """
+        values = state_dict["tensors"]
+        tensors, slots = self._current()
+        kept: list[Tensor] = []
+        if values:
+            if len(values) != len(tensors):
+                raise ValueError(
+                    f"the state has {len(values)} tensors, but the model has {len(tensors)}. Load a state of this model"
+                )
+            is_param = {i for home, _, i in slots if home is self._homes[0]}
+            for i, (tensor, value) in enumerate(zip(tensors, values, strict=True)):
+                if tensor.dtype != value.dtype or (i in is_param and tensor.shape != value.shape):
+                    raise ValueError(
+                        f"tensor {i} is {value.dtype} of shape {tuple(value.shape)} in the state, but {tensor.dtype} "
+                        f"of shape {tuple(tensor.shape)} in the model. Load a state of this model"
+                    )
+            for tensor, value in zip(tensors, values, strict=True):
+                is_alike = tensor.shape == value.shape  # a buffer may have had another shape
+                kept.append(torch.empty_like(tensor) if is_alike else torch.empty_like(value, device=tensor.device))
+                local(kept[-1]).copy_(local(placed(value, kept[-1])))
+        self._kept, self._slots = kept, slots
+        self._layouts = [_layout(local(tensor)) for tensor in kept]
+        self._loss, self._updates = state_dict["loss"], state_dict["updates"]
+        self._step = -1 if state_dict["step"] is None else state_dict["step"]
+
+    @torch.inference_mode(False)  # in which the copies would be allocated as read-only
+    @torch.no_grad()
+    def _update(self, loss: float | Tensor, step: int) -> None:
+        """Copy the parameters if the loss is lower, and then report this step as the best."""
+        now = _comparable(loss)
+        if isinstance(now, float) and not now < self._loss:
+            return
+        tensors, slots = self._current()
+        shards = [local(tensor) for tensor in tensors]
+        layouts = [*map(_layout, shards)]
+        if layouts != self._layouts:
+            if isinstance(now, Tensor) and self._kept:  # only one of two layouts can be kept
+                if not now < self._loss:
+                    return
+                now = float(now)
+            self._kept = [torch.empty_like(tensor) for tensor in tensors]
+            self._layouts = layouts
+        self._slots = slots
+        copies = [local(tensor) for tensor in self._kept]
+        if isinstance(now, float):
+            torch._foreach_copy_(copies, shards)
+            self._loss, self._step = now, step
+            return
+        is_lower = now < self._loss
+        on_device = {shard.device: is_lower.to(shard.device) for shard in shards}
+        for copy, shard in zip(copies, shards, strict=True):
+            torch.where(on_device[shard.device], shard, copy, out=copy)
+        self._loss = torch.where(is_lower, now, self._loss)
+        self._step = torch.where(is_lower, step, self._step)
+
+    def _find(self) -> None:
+        """Find the parameters and the dicts of the buffers of a module."""
+        if self._module is not None:
+            reshard(self._module)
+            params: dict[Any, Tensor | None] = dict(enumerate(self._module.parameters()))
+            self._homes = [params, *buffer_dicts(self._module)]
+
+    def _current(self) -> tuple[list[Tensor], list[_Slot]]:
+        """Return the tensors as they are now, tied ones once, and where they are."""
+        tensors: list[Tensor] = []
+        slots: list[_Slot] = []
+        positions: dict[int, int] = {}
+        for home in self._homes:
+            for name, tensor in home.items():
+                if tensor is None or is_lazy(tensor):
+                    continue
+                tensor = stored(tensor)
+                if id(tensor) not in positions:
+                    positions[id(tensor)] = len(tensors)
+                    tensors.append(tensor)
+                slots.append((home, name, positions[id(tensor)]))
+        return tensors, slots
+
+
+def _tensors_of(params: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors in what ``torch.optim`` takes."""
+    if isinstance(params, Tensor | set | Mapping) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"BestWeights takes a module, or an iterable of tensors or parameter groups, got {type(params).__name__}. "
+            "Pass the model, or list(model.parameters())"
+        )
+    for item in params:
+        if isinstance(item, Mapping) and "params" in item:
+            group = item["params"]
+            yield from [group] if isinstance(group, Tensor) else _tensors_of(group)
+            continue
+        tensor = item[1] if isinstance(item, tuple) and len(item) == 2 else item
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"BestWeights takes tensors, (name, tensor) pairs or parameter groups, got {tensor!r} "
+                f"({type(tensor).__name__}). Pass list(model.parameters())"
+            )
+        yield tensor
+
+
+def _comparable(loss: float | Tensor) -> float | Tensor:
+    """Return the loss as a number if the host has it, else as a tensor that holds it exactly."""
+    if not is_number(loss):
+        raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}. Reduce it to one number")
+    if not isinstance(loss, Tensor):
+        return float(loss)
+    value: Tensor = whole(loss).reshape(())
+    if _is_on_host(value):
+        return float(value)
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)  # MPS has no float64
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"

@@ -82,11 +82,11 @@ class Fit:
             if not self.evaluation.is_single:
                 warn_of_micro_batches(self.evaluation.pl_module)
         self.bad_losses.check(loss, self._optimizer.param_groups)
+        self.interrupts.hold()
         for listener in self.listeners:
             listener(loss)
         if self._loss is None:
             self._loss = loss
-        self.interrupts.hold()
         return loss, extra
 
     def end(self) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_rprop._torch import FSDP_MARK
 
@@ -32,6 +33,27 @@ def local(tensor: Any) -> Any:
 def whole(tensor: Any) -> Any:
     """Gather a DTensor with a collective; other tensors are returned unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def stored(tensor: Any) -> Any:
+    """Return the slice of a parameter of DeepSpeed ZeRO stage 3; other tensors are returned unchanged."""
+    return getattr(tensor, "ds_tensor", tensor)
+
+
+def reshard(module: nn.Module) -> None:
+    """Free the whole parameters that an evaluation has gathered, so that the next one gathers the shards again.
+
+    Without a backward pass, ``fully_shard`` keeps those of the root module. DeepSpeed ZeRO stage 3 keeps small ones.
+    """
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:  # else nobody has sharded a module
+        for each in module.modules():
+            if isinstance(each, fsdp.FSDPModule):
+                each.reshard()
+    param: Any
+    for param in module.parameters():
+        is_whole = hasattr(param, "ds_tensor") and param.ds_status.name == "AVAILABLE"
+        if is_whole and not param.ds_active_sub_modules:  # which a failed evaluation leaves
+            param.partition()
 
 
 def aligned(grad: Any, param: Any) -> Any:

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from strategy_ranks import Begin, Fit, fully, loader, make_trainer, parameters
 
-from lightning_rprop import StepSizeMonitor
+from lightning_rprop import KeepBest, StepSizeMonitor
 
 STEPS, EVERY = 30, 4
 VARIANTS = ("irprop+", "irprop-")
@@ -31,6 +31,13 @@ class AtStep(Callback):
     def on_train_batch_start(self, trainer, *args):
         if trainer.global_step == self.step:
             os.write(self.pipe, b".")
+
+
+class End(Callback):
+    """Records the parameters after the last step, before KeepBest restores the best ones."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.params = parameters(trainer.strategy, pl_module)
 
 
 class WhileSaving(Callback):
@@ -70,12 +77,13 @@ def run_rank(strategy, callbacks=()):
     else:
         module = Fit(variants=VARIANTS)
     sharded = not isinstance(strategy, str)
-    begin = Begin()
-    callbacks = [StepSizeMonitor(silence=["no_logger"]), checkpoints(sharded), begin, *callbacks]
+    begin, end, keep = Begin(), End(), KeepBest()
+    callbacks = [StepSizeMonitor(silence=["no_logger"]), checkpoints(sharded), begin, keep, end, *callbacks]
     trainer = make_trainer(strategy, STEPS, callbacks, enable_checkpointing=True)
     trainer.fit(module, loader(20), ckpt_path="last", weights_only=True)
-    end = {"params": parameters(trainer.strategy, module), "from": begin.step}
-    torch.save(end, f"end-{trainer.global_rank}.pt")
+    best = parameters(trainer.strategy, module) | {"best": torch.tensor([keep.best_loss, keep.best_step])}
+    seen = {"params": end.params, "best": best, "from": begin.step}
+    torch.save(seen, f"end-{trainer.global_rank}.pt")
 
 
 def start(world, strategy, folder, callbacks=lambda rank: ()):
@@ -106,8 +114,12 @@ def crash(world, strategy, folder, victim, step=None, delay=0.0, access=None):
         "step": step,
         "from": [end["from"] for end in ends],
         "again": again,
-        "equal": [same(end["params"]) for end in ends],
+        "equal": [same(end["params"], truth["params"]) and same(end["best"], truth["best"]) for end in ends],
     }
+
+
+def same(tensors, others):
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in others)
 
 
 if __name__ == "__main__":
@@ -116,10 +128,8 @@ if __name__ == "__main__":
     strategy = {"saving": "auto", "rank": "ddp"}.get(kind, "fsdp2")
     os.environ["WORLD_SIZE"] = "1"
     run_rank("auto")  # undisturbed; it also imports everything before the forks
-    truth = torch.load("end-0.pt")["params"]
-
-    def same(end):
-        return end.keys() == truth.keys() and all(torch.equal(end[name], truth[name]) for name in truth)
+    truth = torch.load("end-0.pt")
+    assert not same(truth["params"], {name: truth["best"][name] for name in truth["params"]})
 
     for i in range(count):
         folder = Path(f"{kind}-{i}").absolute()

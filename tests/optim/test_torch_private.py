@@ -23,6 +23,7 @@ OLDEST, NEWEST = "2.8", "2.13.0"
 
 # Files that call torch's foreach functions, with the reason.
 FOREACH = {
+    "best/weights.py": "copies all tensors in one call",
     "optim/_foreach.py": "the foreach implementation of the rules",
     "optim/rprop.py": "counts the steps of all parameters in one call",
     "full_batch/_evaluation.py": "scales all gradients in one call",

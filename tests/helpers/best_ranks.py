@@ -1,0 +1,109 @@
+"""Fit with KeepBest on one, two and three ranks, resume elsewhere, and save the results for test_keep_best_ranks.py."""
+
+from __future__ import annotations
+
+import sys
+
+import deepspeed_ranks
+import forks
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from on_cpu import DeepSpeedOnCPU
+from strategy_ranks import SAMPLES, Begin, Fit, loader, make, make_trainer, parameters, run, whole
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from whole_set import whole_numbers
+
+from lightning_rprop import BestWeights, FullBatchLoader, KeepBest
+from lightning_rprop.best import weights
+
+STRATEGIES = ("ddp", "zero", "fsdp2")
+STAGES = (1, 2, 3)  # of DeepSpeed ZeRO
+WORLDS = (2, 3)
+STEPS, EVERY = 20, 9  # saves before and after the best step
+RESUMED = {1: (3, EVERY), 2: (3, 2 * EVERY), 3: (2, EVERY)}  # ranks that resume: the ranks that saved, and the step
+
+
+class Validated(Fit):
+    """Evaluates after each epoch, which leaves the root module of FSDP2 with whole parameters."""
+
+    def validation_step(self, batch, batch_idx):
+        self.net(*batch)
+
+
+def fit(name, world, ckpt_path=None, callbacks=()):
+    """Train to the end and return what KeepBest found, the parameters, and their loss."""
+    strategy, module, size = make(name, world)
+    module.__class__ = Validated
+    keep = KeepBest()
+    trainer = make_trainer(strategy, STEPS, [keep, *callbacks], enable_checkpointing=bool(callbacks))
+    data = whole_numbers(SAMPLES)
+    validation = FullBatchLoader(data)
+    trainer.fit(module, loader(size), validation, ckpt_path=ckpt_path, weights_only=True)
+    return {
+        "found": (keep.best_loss, keep.best_step),
+        "loss": whole(module.net(*data)).item() / SAMPLES,
+        "params": parameters(trainer.strategy, module),
+    }
+
+
+def fit_and_save(name, world):
+    saves = ModelCheckpoint(".", f"{name}-{world}-{{step}}", every_n_train_steps=EVERY, save_top_k=-1)
+    return fit(name, world, callbacks=[saves])
+
+
+def resume(name, world):
+    """Resume what ``"ddp-2-13"`` names: a strategy, the number of ranks that saved it, and the step."""
+    begin = Begin()
+    strategy, saved_on, step = name.split("-")
+    seen = fit(strategy, world, f"{strategy}-{saved_on}-step={step}.ckpt", [begin])
+    return seen | {"from": begin.step}
+
+
+def plain(rank, world):
+    """Use BestWeights on shards in a plain loop, as with losses on the host and on an accelerator."""
+    torch.distributed.init_process_group("gloo")
+    net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))
+    fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+    seen = []
+    for is_on_host in (True, False):
+        weights._is_on_host = lambda tensor, is_on_host=is_on_host: is_on_host
+        best = BestWeights(net)  # the second one finds the whole parameters that an evaluation has left
+        for value, loss in ((1.0, 3.0), (2.0, 1.0), (3.0, 2.0)):
+            with torch.no_grad():
+                for param in net.parameters():
+                    param.fill_(value)
+            best.update(torch.tensor(loss))
+        with torch.no_grad():
+            net(torch.ones(2, 3))
+        best.restore()
+        with torch.no_grad():
+            seen.append((net(torch.ones(1, 3)), best.state_dict()["tensors"]))
+    torch.save(seen, f"plain-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def deepspeed(rank, world):
+    """Train and resume in each ZeRO stage."""
+    seen = {}
+    for stage in STAGES:
+        for path in (None, f"{stage}.ckpt"):
+            keep = KeepBest()
+            saves = [ModelCheckpoint(".", f"{stage}", every_n_train_steps=45)] if path is None else []  # after the best
+            callbacks = [keep, *saves]
+            params = deepspeed_ranks.fit(stage, path, callbacks=callbacks, enable_checkpointing=bool(saves))
+            seen[stage, path] = {"found": (keep.best_loss, keep.best_step), "params": params}
+    torch.save(seen, f"deepspeed-{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:] == ["deepspeed"]:
+        DeepSpeedOnCPU(0)  # imports DeepSpeed, once for all ranks
+        forks.run(2, deepspeed)
+        sys.exit()
+    for world in WORLDS:
+        run("fit", world, fit_and_save, STRATEGIES)
+    for world, (saved_on, step) in RESUMED.items():
+        run("resume", world, resume, [f"{name}-{saved_on}-{step}" for name in STRATEGIES])
+    forks.run(2, plain)
