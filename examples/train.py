@@ -52,6 +52,7 @@ def main(cfg: DictConfig) -> float:
     with hydra_ddp(trainer):
         trainer.fit(model, datamodule=data)
         held_out = float(trainer.callback_metrics.get("val/score", "nan"))
+        best_loss = float(trainer.callback_metrics.get("best/loss", "nan"))
         checkpoint = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else None
         test = trainer.test(model, datamodule=data, ckpt_path=checkpoint or None, verbose=False)[0]
 
@@ -61,13 +62,15 @@ def main(cfg: DictConfig) -> float:
             "data set": data.name,
             "optimizer": cfg.optimizer._target_,
             "optimizer steps": trainer.global_step,
+            "stopped": next((c.reason for c in callbacks if getattr(c, "reason", None)), "at the last epoch"),
+            "best training loss": f"{best_loss:.4g}",
             f"test {SCORE[data.task]}": f"{test['test/score']:.4f}",
             "test loss": f"{test['test/loss']:.4f}",
             "logs": ", ".join(logger.log_dir for logger in loggers) or "none",
             "checkpoint": checkpoint or "none",
             "picture": picture or "none (no step sizes)",
         }
-        print("\n".join(f"{name:<16} {value}" for name, value in rows.items()))
+        print("\n".join(f"{name:<18} {value}" for name, value in rows.items()))
     return held_out
 
 

@@ -350,7 +350,7 @@ class Rprop(Optimizer):
         check_step(self.param_groups, at_flips, self.state, loss, self.shared_loss)
         moves: list[Callable[[], None]] = []
         scratch: Scratch = {}
-        retreats = self._retreats_of_groups(loss)
+        retreats, distinct = self._judge(loss)
         with torch.set_grad_enabled(False):  # takes half the time of no_grad()
             for i, group in enumerate(self.param_groups):
                 forget, take_back = at_flips[i]
@@ -379,22 +379,25 @@ class Rprop(Optimizer):
                     differentiable=group["differentiable"],
                     scratch=scratch,
                 )
-            if flags := [*dict.fromkeys(flag for flag in retreats if flag is not False)]:
-                moves.append(partial(self._count_retreat, reduce(or_, flags)))
+            if distinct:
+                moves.append(partial(self._count_retreat, reduce(or_, distinct)))
             for move in moves:  # everything that can fail has been done
                 move()
 
-    def _retreats_of_groups(self, loss: float | Tensor | None) -> list[bool | Tensor]:
-        """Return for each group whether it takes back its last move."""
-        groups = self.param_groups
+    def _judge(self, loss: float | Tensor | None) -> tuple[list[bool | Tensor], list[bool | Tensor]]:
+        """Return for each group whether it takes back its last move, and the distinct flags that may be true."""
         if loss is None or not is_number(loss):  # without retreat=True, a closure may return anything
-            return [False] * len(groups)
+            return [False] * len(self.param_groups), []
         by_default = not is_local(self.shared_loss)
-        active = [by_default if group["retreat"] is None else group["retreat"] for group in groups]
+        flags: list[bool | Tensor] = []
         found: dict[bool, bool | Tensor] = {}
-        for maximize in {group["maximize"] for group, is_active in zip(groups, active, strict=True) if is_active}:
-            found[maximize] = is_bad(loss, maximize)
-        return [is_active and found[group["maximize"]] for group, is_active in zip(groups, active, strict=True)]
+        for group in self.param_groups:
+            retreat, maximize = group["retreat"], group["maximize"]
+            is_active = by_default if retreat is None else retreat
+            if is_active and maximize not in found:
+                found[maximize] = is_bad(loss, maximize)
+            flags.append(is_active and found[maximize])
+        return flags, [flag for flag in found.values() if flag is not False]
 
     def _count_retreat(self, flag: bool | Tensor) -> None:
         if isinstance(flag, Tensor):

@@ -33,7 +33,7 @@ def main(cfg):
         "group": group,
         "early": early,
         "callbacks": {{type(c).__name__: vars(c) for c in callbacks}},
-    }}, default=str))
+    }}, default=lambda value: vars(value) if type(value).__name__ == "Convergence" else str(value)))
 
 main()
 """
@@ -86,8 +86,17 @@ def test_callback_configs_take_overrides(app):
         "callbacks.step_size_monitor.statistics=[median,q10]",
         "callbacks.step_size_monitor.silence=[no_logger]",
         "callbacks.step_size_monitor.per_parameter=[net.*]",
+        "callbacks.keep_best.restore=false",
+        "callbacks.converged.tolerance_change=1e-5",
+        "callbacks.converged.tolerance_grad=null",
+        "callbacks.converged.patience=3",
     ]
-    seen = last_json(app()("optimizer=rprop", "+callbacks=[step_size_monitor,full_batch]", *overrides))
+    added = "+callbacks=[step_size_monitor,full_batch,keep_best,converged]"
+    seen = last_json(app()("optimizer=rprop", added, "optimizer.retreat=true", *overrides))
+    assert seen["group"]["retreat"] is True
+    assert seen["callbacks"]["KeepBest"]["restore"] is False
+    criteria = seen["callbacks"]["Converged"]["_criteria"]
+    assert (criteria["tolerance_change"], criteria["tolerance_grad"], criteria["patience"]) == (1e-5, None, 3)
     full_batch = seen["callbacks"]["FullBatch"]
     assert (full_batch["reduction"], full_batch["weight"], full_batch["log_as"]) == ("mean", None, "train/loss")
     monitor = seen["callbacks"]["StepSizeMonitor"]
@@ -128,7 +137,7 @@ def test_each_variant_can_be_swept(app):
 def test_help_lists_the_configs(app):
     output = app()("--help")
     assert "optimizer: adam, irprop_minus, irprop_plus, rprop, rprop_minus, rprop_plus" in output
-    assert "callbacks: full_batch, step_size_monitor" in output
+    assert "callbacks: converged, full_batch, keep_best, step_size_monitor" in output
 
 
 @pytest.mark.parametrize(
@@ -142,10 +151,14 @@ def test_help_lists_the_configs(app):
         ("optimizer.maximize=maybe", ["'maybe' is not a valid bool", "optimizer.maximize"]),
         ("callbacks.step_size_monitor.foo=1", ["Key 'foo' not in 'StepSizeMonitorConf'"]),
         ("callbacks.full_batch.prog_bar=3.5", ["Value '3.5' is not a valid bool"]),
+        ("callbacks.keep_best.restore=maybe", ["Value 'maybe' is not a valid bool"]),
+        ("callbacks.converged.patience=1.5", ["could not be converted to Integer"]),
+        ("optimizer.retreat=maybe", ["Value 'maybe' is not a valid bool"]),
     ],
 )
 def test_bad_override_fails_at_composition(app, override, message):
-    output = app()("optimizer=rprop", "+callbacks=[step_size_monitor,full_batch]", override, fails=True)
+    added = "+callbacks=[step_size_monitor,full_batch,keep_best,converged]"
+    output = app()("optimizer=rprop", added, override, fails=True)
     for part in message:
         assert part in output
     assert "Traceback" not in output

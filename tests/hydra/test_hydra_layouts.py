@@ -169,7 +169,7 @@ main()
 def test_glob_sweep_can_exclude_our_configs(app):
     for group, pattern, left in (
         ("optimizer", "glob(*,exclude=*rprop*)", ["adam", "sgd"]),
-        ("callbacks", "glob(*,exclude=[full_batch,step_size_monitor])", ["default"]),
+        ("callbacks", "glob(*,exclude=[converged,full_batch,keep_best,step_size_monitor])", ["default"]),
     ):
         output = run(app, "train.py", "-m", f"+{group}@swept={pattern}", "trainer.max_epochs=0")
         assert re.findall(r"#\d+ : \S+=(\S+)", output) == left
