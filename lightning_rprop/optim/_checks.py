@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_rprop._torch import is_true
 from lightning_rprop.optim._dispatch import check_fused
+from lightning_rprop.optim._loss import is_local, is_number
 from lightning_rprop.optim._rule import AT_FLIP, AtFlip
 from lightning_rprop.optim._sharding import as_real, local
 
@@ -25,6 +26,7 @@ LATER_OPTIONS: Mapping[str, Any] = {
     "variant": "irprop-",
     "weight_decay": 0.0,
     "max_iter": 1,
+    "retreat": None,
     "maximize": False,
     "foreach": None,
     "fused": None,
@@ -97,8 +99,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if max_iter < 1:
         raise ValueError(f"Invalid max_iter value: {max_iter}. max_iter must be an integer >= 1.")
 
-    for name in ("maximize", "foreach", "fused", "capturable", "differentiable"):
-        choices = (True, False, None) if name in ("foreach", "fused") else (True, False)
+    for name in ("retreat", "maximize", "foreach", "fused", "capturable", "differentiable"):
+        choices = (True, False, None) if name in ("retreat", "foreach", "fused") else (True, False)
         if not any(options[name] is choice for choice in choices):
             raise TypeError(f"{name} must be one of {_listed(choices)}, got {options[name]!r}.")
     if options["fused"] and options["foreach"]:
@@ -161,7 +163,7 @@ def differences(own: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, 
     texts = []
     for i, (before, after) in enumerate(zip(own, loaded, strict=True)):
         where = f"in parameter group {i} " if len(own) > 1 else ""
-        for name in ("variant", "lr", "etas", "step_sizes", "weight_decay", "max_iter", "maximize"):
+        for name in ("variant", "lr", "etas", "step_sizes", "weight_decay", "max_iter", "retreat", "maximize"):
             a, b = (group.get("initial_lr", group[name]) if name == "lr" else group[name] for group in (before, after))
             if not _is_same(a, b):
                 a, b = (value.item() if isinstance(value, Tensor) else value for value in (a, b))
@@ -225,6 +227,8 @@ def check_step(
     shared_loss: bool,
 ) -> None:
     """Check everything that could otherwise fail in the middle of a step, or let replicas diverge."""
+    if any(group["retreat"] for group in groups):
+        check_number(loss)
     for index, group in enumerate(groups):
         params = group["params"]
         grads = [param.grad for param in params]
@@ -258,6 +262,16 @@ def check_step(
             )
 
 
+def check_number(loss: Any) -> None:
+    """Check a loss, if there is one.
+
+    Raises:
+        ValueError: If it is not one real number.
+    """
+    if loss is not None and not is_number(loss):
+        raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}.")
+
+
 def _row(param: Tensor, grad: Tensor, states: Mapping[Tensor, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the tensors of a step; state that does not exist yet will be created like the parameter."""
     state = states.get(param, {})
@@ -275,14 +289,13 @@ def _check_loss(loss: float | Tensor | None, shared_loss: bool) -> None:
             "variant='irprop+' compares the loss with that of the previous step, but got none. Call "
             "step(closure) with a closure that returns the loss, or step(loss=loss)."
         )
-    if not (loss.numel() == 1 and not loss.is_complex() if isinstance(loss, Tensor) else isinstance(loss, Real)):
-        raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}.")
-    if not shared_loss and dist.is_available() and dist.is_initialized() and (size := dist.get_world_size()) > 1:
+    check_number(loss)
+    if is_local(shared_loss):
         raise RuntimeError(
-            f"variant='irprop+' would compare a different loss on each of the {size} processes, and their replicas "
-            "would diverge. Train with the FullBatch callback, or reduce the loss over the processes and set "
-            "optimizer.shared_loss = True (on the Rprop itself: .optimizer of a Lightning or Fabric wrapper, .optim of "
-            "ZeroRedundancyOptimizer)."
+            f"variant='irprop+' would compare a different loss on each of the {dist.get_world_size()} processes, and "
+            "their replicas would diverge. Train with the FullBatch callback, or reduce the loss over the processes "
+            "and set optimizer.shared_loss = True (on the Rprop itself: .optimizer of a Lightning or Fabric wrapper, "
+            ".optim of ZeroRedundancyOptimizer)."
         )
 
 

@@ -50,12 +50,12 @@ def update_opaque(
     params: list[Tensor], grads: list[Tensor], prevs: list[Tensor], step_sizes: list[Tensor], rule: Rule
 ) -> Callable[[], None]:
     """Prepare one move by the operator; arguments as in :func:`lightning_rprop.optim._rule.update`."""
-    *_, maximize, forget, take_back = rule
-    flags = [maximize, forget, take_back is True]
-    take_back_if = take_back if isinstance(take_back, Tensor) else None
+    *_, maximize, forget, take_back, retreat = rule
+    flags = [maximize, forget, take_back is True, retreat is True]
+    take_back_if, retreat_if = (flag if isinstance(flag, Tensor) else None for flag in (take_back, retreat))
 
     def move() -> None:
-        _move(params, grads, prevs, step_sizes, list(rule[:5]), flags, take_back_if)
+        _move(params, grads, prevs, step_sizes, list(rule[:5]), flags, take_back_if, retreat_if)
 
     return move
 
@@ -69,8 +69,17 @@ def _move(
     numbers: list[float],
     flags: list[bool],
     take_back_if: Tensor | None,
+    retreat_if: Tensor | None,
 ) -> None:
-    maximize, forget, take_back = flags
-    rule = Rule._make([*numbers, maximize, forget, take_back if take_back_if is None else take_back_if])
+    maximize, forget, take_back, retreat = flags
+    rule = Rule._make(
+        [
+            *numbers,
+            maximize,
+            forget,
+            take_back if take_back_if is None else take_back_if,
+            retreat if retreat_if is None else retreat_if,
+        ]
+    )
     for move in prepare(params, grads, prevs, step_sizes, rule, foreach=None, fused=None, scratch={}):
         move()

@@ -76,7 +76,7 @@ def prepare(
         fused = False
     if fused and is_simulating():
         fused = False
-    if fused is not False and (kernel := _fused_for_all(params, grads, prevs, step_sizes, rule.take_back)):
+    if fused is not False and (kernel := _fused_for_all(params, grads, prevs, step_sizes, rule[-2:])):
         return [kernel(params, grads, prevs, step_sizes, rule)]
     if not differentiable and any(map(is_sharded, params)):
         grads = [*map(aligned, grads, params)]
@@ -90,7 +90,7 @@ def prepare(
     for i, row in enumerate(zip(params, grads, prevs, step_sizes, strict=True)):
         check_parameter(f"parameter {i}", row[0])  # its dtype may have changed since its state was created
         param, grad, prev, step_size = map(as_real, row)
-        chosen = "" if fused is False else fused_for(param, grad, prev, step_size, rule.take_back)
+        chosen = "" if fused is False else fused_for(param, grad, prev, step_size, rule[-2:])
         if isinstance(chosen, str):
             if fused:
                 _refuse(f"parameter {i}", chosen)
@@ -118,12 +118,12 @@ def check_fused(names: Sequence[str], rows: Sequence[tuple[Tensor, Tensor, Tenso
     rows = [row for row in rows if not is_lazy(row[0])]
     rows = [(local(param), local(aligned(grad, param)), local(prev), local(size)) for param, grad, prev, size in rows]
     params, grads, prevs, step_sizes = ([row[i] for row in rows] for i in range(4))
-    if not rows or _fused_for_all(params, grads, prevs, step_sizes, take_back=False):
+    if not rows or _fused_for_all(params, grads, prevs, step_sizes):
         return
     for name, row in zip(names, rows, strict=True):
         if not is_simulated(row[0]):
             param, grad, prev, step_size = map(as_real, row)
-            _refuse(name, fused_for(param, grad, prev, step_size, take_back=False))
+            _refuse(name, fused_for(param, grad, prev, step_size))
 
 
 def check_parameter(name: str, param: Tensor) -> None:
@@ -162,7 +162,7 @@ def _fused_for_all(
     grads: list[Tensor],
     prevs: list[Tensor],
     step_sizes: list[Tensor],
-    take_back: bool | Tensor,
+    flags: Sequence[bool | Tensor] = (),
 ) -> Update | None:
     """Return the fused implementation for all parameters at once, or ``None`` to check them one by one.
 
@@ -180,11 +180,13 @@ def _fused_for_all(
         and sizes == sizes[: len(params)] * 4
     ):
         return None
-    chosen = _implementation(params[0], take_back)
+    chosen = _implementation(params[0], flags)
     return None if isinstance(chosen, str) else chosen
 
 
-def fused_for(param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, take_back: bool | Tensor) -> Update | str:
+def fused_for(
+    param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, flags: Sequence[bool | Tensor] = ()
+) -> Update | str:
     """Return the fused implementation for one parameter.
 
     Args:
@@ -192,7 +194,7 @@ def fused_for(param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, take
         grad: Its gradient.
         prev: Its previous gradient.
         step_size: Its step sizes.
-        take_back: As in :class:`~lightning_rprop.optim._rule.Rule`.
+        flags: ``take_back`` and ``retreat`` of the :class:`~lightning_rprop.optim._rule.Rule`.
 
     Returns:
         The implementation, or a text that says why there is none.
@@ -212,12 +214,12 @@ def fused_for(param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, take
             return f"its memory has gaps or overlaps: shape {tuple(param.shape)}, strides {strides[0]}"
     if any(map(Tensor.is_neg, four)):
         return "a tensor has its negative bit set, see torch.Tensor.resolve_neg"
-    return _implementation(param, take_back)
+    return _implementation(param, flags)
 
 
-def _implementation(param: Tensor, take_back: bool | Tensor) -> Update | str:
-    if isinstance(take_back, Tensor) and take_back.numel() != 1:
-        return f"loss_rose has {take_back.numel()} values"
+def _implementation(param: Tensor, flags: Sequence[bool | Tensor]) -> Update | str:
+    if sizes := [flag.numel() for flag in flags if isinstance(flag, Tensor) and flag.numel() != 1]:
+        return f"loss_rose or retreat has {sizes[0]} values"
     if is_transformed():
         return "it is inside a transformation of torch.func"
     try:

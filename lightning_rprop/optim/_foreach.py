@@ -8,7 +8,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from lightning_rprop.optim._rule import Rule
+from lightning_rprop.optim._rule import Rule, on_device
 
 _dtype = attrgetter("dtype")
 
@@ -21,7 +21,7 @@ def update_foreach(
     Returns:
         A function that makes the move; it allocates no memory.
     """
-    etaminus, etaplus, step_size_min, step_size_max, weight_decay, maximize, forget, take_back = rule
+    etaminus, etaplus, step_size_min, step_size_max, weight_decay, maximize, forget, take_back, retreat = rule
 
     # gradient to minimize (the decay rounds twice; a fused multiply-add would depend on the implementation)
     if maximize:
@@ -32,6 +32,10 @@ def update_foreach(
     # compare signs; sign(0) = 0, and torch's sign(NaN) = 0 too
     signs = list(torch._foreach_sign(grads))
     agreements = torch._foreach_mul(signs, torch._foreach_sign(prevs))
+    if retreat is not False:
+        bad = [on_device(retreat, param.device) for param in params]
+        for agreement, is_bad in zip(agreements, bad, strict=True):
+            agreement.masked_fill_(is_bad, -1)
     flipped = [agreement < 0 for agreement in agreements]
 
     # adapt the step size: 1 + etaplus * (-1, 0, 1), clamped to [etaminus, etaplus], is (etaminus, 1, etaplus)
@@ -51,6 +55,9 @@ def update_foreach(
     if forget:
         for grad, flip in zip(kept, flipped, strict=True):
             grad.masked_fill_(flip, 0)
+    if retreat is not False:
+        for grad, is_bad in zip(kept, bad, strict=True):
+            grad.masked_fill_(is_bad, 0)
 
     # move; at a flip move back by the last step size, or not at all
     if take_back is False:
@@ -60,6 +67,10 @@ def update_foreach(
     if forget and take_back is not True:
         for sign, flip in zip(signs, flipped, strict=True):
             sign.masked_fill_(flip if take_back is False else flip & ~take_back.to(flip.device), 0)
+    if retreat is not False:
+        opposites = torch._foreach_sign(torch._foreach_neg(prevs))
+        signs = [torch.where(*row) for row in zip(bad, opposites, signs, strict=True)]
+        distances = [torch.where(*row) for row in zip(bad, step_sizes, distances, strict=True)]
 
     def move() -> None:
         torch._foreach_addcmul_(params, signs, distances, value=-1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rprop.optim._rule import Rule, rounded
+from lightning_rprop.optim._rule import Rule, rounded, update
 from lightning_rprop.optim._threads import run
 
 # The C type of a kernel; calls through it release the GIL.
@@ -33,8 +33,10 @@ def update_numba(
     The tensors have passed the checks of ``_dispatch.py`` and have one dtype. The rules are in ``_numba_kernel.py``.
 
     Returns:
-        A function that makes the move. No memory of a tensor's size is allocated.
+        A function that makes the move. No memory of a tensor's size is allocated, except for a retreat.
     """
+    if bool(rule.retreat):  # too rare to need a kernel
+        return update(params, grads, prevs, step_sizes, rule, scratch={})
     dtype = params[0].dtype
     kernel = load_kernel(dtype)
     addresses = array("Q", list(map(Tensor.data_ptr, [*params, *grads, *prevs, *step_sizes])))

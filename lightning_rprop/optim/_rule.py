@@ -12,6 +12,9 @@ C. Igel and M. Huesken, "Empirical evaluation of the improved Rprop learning alg
         iRprop-  w is kept                                            p = 0
         iRprop+  w takes back its last move if the loss rose          p = 0
 
+    the loss is NaN, or infinite in the bad direction ("retreat", all variants, whatever s is):
+        w += sign(p) * D;  D = max(etaminus * D, min);  p = 0
+
 At a flip (s < 0) the last move was -sign(p) * D = sign(g) * D with D before it shrank. Taking it back therefore means
 moving by -sign(g) times that D.
 
@@ -58,7 +61,7 @@ AT_FLIP: Mapping[str, AtFlip] = {
 class Rule(NamedTuple):
     """The numbers and switches of one step.
 
-    The first five fields are plain numbers and thus hashable; ``take_back`` may be a tensor.
+    The first five fields are plain numbers and thus hashable.
 
     Attributes:
         etaminus: Factor of a step size after a sign change.
@@ -69,6 +72,7 @@ class Rule(NamedTuple):
         maximize: Maximize instead of minimize.
         forget: See :class:`AtFlip`.
         take_back: Undo the last move at a flip; a bool, or a bool tensor that broadcasts to every parameter.
+        retreat: Undo the last move of every weight and make no other; likewise.
     """
 
     etaminus: float
@@ -79,6 +83,7 @@ class Rule(NamedTuple):
     maximize: bool
     forget: bool
     take_back: bool | Tensor
+    retreat: bool | Tensor = False
 
 
 def update(
@@ -105,15 +110,16 @@ def update(
     Returns:
         A function that makes the move. It allocates no memory, except where operations are traced or simulated.
     """
-    etaminus, etaplus, step_size_min, step_size_max, weight_decay, maximize, forget, take_back = rule
+    etaminus, etaplus, step_size_min, step_size_max, weight_decay, maximize, forget, take_back, retreat = rule
     names = ["sign", "size", "kept", "flipped", "mask"]
     if maximize or weight_decay != 0:
         names.append("gradient")
-    if take_back is not False:
+    if take_back is not False or retreat is not False:
         names.append("distance")
     lazily = torch.compiler.is_compiling() or is_transformed() or is_simulating()
     keeps_sign = lazily or differentiable  # autograd has saved it, or vmap cannot write to it
     fell = {p.device: ~take_back.to(p.device) for p in params} if isinstance(take_back, Tensor) else {}
+    is_bad = {p.device: on_device(retreat, p.device) for p in params} if retreat is not False else {}
 
     def compute(param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, space: Space) -> tuple[Tensor, ...]:
         # gradient to minimize (the decay rounds twice; a fused multiply-add would depend on the implementation)
@@ -125,6 +131,9 @@ def update(
         # compare signs; sign(0) = 0, and torch's sign(NaN) = 0 too
         sign = torch.sign(grad, out=space.sign)
         agreement = torch.mul(sign, torch.sign(prev, out=space.size), out=space.size)
+        if retreat is not False:
+            bad = is_bad[param.device]
+            agreement = agreement.masked_fill(bad, -1) if lazily else agreement.masked_fill_(bad, -1)
         flipped = torch.lt(agreement, 0, out=space.flipped)
 
         # adapt the step size: 1 + etaplus * (-1, 0, 1), clamped to [etaminus, etaplus], is (etaminus, 1, etaplus)
@@ -140,11 +149,17 @@ def update(
         if forget and take_back is not True:
             stays = flipped if take_back is False else torch.logical_and(flipped, fell[param.device], out=space.mask)
             sign = sign.masked_fill(stays, 0) if keeps_sign else sign.masked_fill_(stays, 0)
+        if retreat is not False:
+            opposite = torch.sign(torch.neg(prev, out=space.kept), out=space.kept)
+            sign = torch.where(bad, opposite, sign, out=space.sign)
+            distance = torch.where(bad, step_size, distance, out=space.distance)
 
         # store the gradient: 0 at a flip, the previous one where this one is NaN
         kept = torch.where(torch.ne(grad, grad, out=space.mask), prev, grad, out=space.kept)
         if forget:
             kept.masked_fill_(flipped, 0)
+        if retreat is not False:
+            kept.masked_fill_(bad, 0)
         return sign, distance, size, kept
 
     rows = list(zip(params, grads, prevs, step_sizes, strict=True))
@@ -167,6 +182,11 @@ def update(
             prev.copy_(kept)
 
     return move
+
+
+def on_device(value: float | Tensor, device: torch.device) -> Tensor:
+    """Return a flag of a rule, or a number, as a tensor on this device."""
+    return value.to(device) if isinstance(value, Tensor) else torch.full((), value, device=device)
 
 
 @lru_cache(maxsize=64)

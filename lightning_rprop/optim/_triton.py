@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_rprop.optim._rule import Rule, rounded
+from lightning_rprop.optim._rule import Rule, on_device, rounded
 
 # Elements per program of the kernel: 8 per thread with 8 warps.
 _BLOCK = 2048
@@ -51,6 +51,7 @@ def update_triton(
         contents = addresses.tobytes() + array("q", blocks[:-1] + sizes).tobytes() + numbers.tobytes()
         if isinstance(take_back, Tensor) and take_back.device != device:
             take_back = bool(take_back) if take_back.is_cpu else take_back.to(device)
+        retreat = None if rule.retreat is False else on_device(rule.retreat, device)
         with torch.cuda.device_of(params[0]):
             table = _table_on_device(contents, device)
 
@@ -61,6 +62,7 @@ def update_triton(
                     table,
                     rows,
                     take_back if isinstance(take_back, Tensor) else None,
+                    retreat,
                     ROWS=triton.next_power_of_2(rows),
                     BLOCK=_BLOCK,
                     STORED=_STORED[dtype],
@@ -130,6 +132,7 @@ def _kernel(
     table,
     rows,
     take_back_at,
+    retreat_at,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STORED: tl.constexpr,
@@ -159,6 +162,7 @@ def _kernel(
         step_sizes = tl.multiple_of(step_sizes, (16,))
     numbers = table + 6 * rows
     take_back = TAKE_BACK if take_back_at is None else tl.load(take_back_at)
+    retreat = None if retreat_at is None else tl.load(retreat_at)
 
     offsets = begin + tl.arange(0, BLOCK)
     params += offsets
@@ -166,10 +170,14 @@ def _kernel(
     prevs += offsets
     step_sizes += offsets
     if begin + BLOCK <= size:  # no mask, which would prevent wide loads
-        _update(params, grads, prevs, step_sizes, None, numbers, take_back, STORED, NUMBER, DECAY, MAXIMIZE, FORGET)
+        _update(
+            params, grads, prevs, step_sizes, None, numbers, take_back, retreat, STORED, NUMBER, DECAY, MAXIMIZE, FORGET
+        )
     else:
-        inside = offsets < size
-        _update(params, grads, prevs, step_sizes, inside, numbers, take_back, STORED, NUMBER, DECAY, MAXIMIZE, FORGET)
+        mask = offsets < size
+        _update(
+            params, grads, prevs, step_sizes, mask, numbers, take_back, retreat, STORED, NUMBER, DECAY, MAXIMIZE, FORGET
+        )
 
 
 @triton.jit
@@ -181,6 +189,7 @@ def _update(
     mask,
     numbers,
     take_back,
+    retreat,
     STORED: tl.constexpr,
     NUMBER: tl.constexpr,
     DECAY: tl.constexpr,
@@ -207,6 +216,8 @@ def _update(
     # compare signs; sign(0) = 0, and sign(NaN) = 0 too
     sign = (grad > 0).to(NUMBER) - (grad < 0).to(NUMBER)
     agreement = sign * ((prev > 0).to(NUMBER) - (prev < 0).to(NUMBER))
+    if retreat is not None:
+        agreement = tl.where(retreat, -1.0, agreement)
     flipped = agreement < 0
 
     # adapt the step size
@@ -221,12 +232,17 @@ def _update(
     distance = tl.where(flipped & take_back, before, step_size)
     if FORGET:
         sign = tl.where(flipped & (take_back == 0), 0.0, sign)
+    if retreat is not None:
+        distance = tl.where(retreat, before, distance)
+        sign = tl.where(retreat, (prev < 0).to(NUMBER) - (prev > 0).to(NUMBER), sign)
     tl.store(params, _narrow(param - sign * distance, STORED), mask=mask)
 
     # store the gradient: 0 at a flip, the previous one where this one is NaN
     grad = tl.where(grad == grad, grad, prev)
     if FORGET:
         grad = tl.where(flipped, 0.0, grad)
+    if retreat is not None:
+        grad = tl.where(retreat, 0.0, grad)
     tl.store(prevs, _narrow(grad, STORED), mask=mask)
 
 

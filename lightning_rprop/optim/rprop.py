@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any, overload
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_rprop._torch import is_transformed, is_true, is_watched
+from lightning_rprop._torch import is_simulating, is_transformed, is_true, is_watched
 from lightning_rprop.optim._checks import (
     LATER_OPTIONS,
     check_dtypes,
+    check_number,
     check_options,
     check_state,
     check_step,
@@ -28,7 +30,8 @@ from lightning_rprop.optim._checks import (
 from lightning_rprop.optim._closure import evaluate_checked
 from lightning_rprop.optim._compiled import prepare_compiled
 from lightning_rprop.optim._dispatch import check_fused, check_parameter, prepare
-from lightning_rprop.optim._rule import AT_FLIP, Rule, Variant
+from lightning_rprop.optim._loss import is_bad, is_local, is_number
+from lightning_rprop.optim._rule import AT_FLIP, Rule, Variant, on_device
 from lightning_rprop.optim._scratch import Scratch
 from lightning_rprop.optim._sharding import local, placed, whole
 
@@ -63,6 +66,10 @@ class Rprop(Optimizer):
         max_iter: How often one ``step(closure)`` evaluates the closure and moves, as in :class:`torch.optim.LBFGS`; the
             same for all groups. Values above 1 save the training loop's work between steps. The closure must then zero
             the gradients, which rules out gradient accumulation and ``torch.amp.GradScaler``.
+        retreat: Whether a step whose loss is NaN, or infinite in the bad direction, takes back the last move of every
+            weight, shrinks all step sizes, and makes no other move. It needs the loss: ``step(closure)`` or
+            ``step(loss=loss)``. ``None`` means wherever the loss is the same on every process: in a single process, and
+            if ``shared_loss`` is true. ``True`` means always, ``False`` never.
         maximize: Whether to maximize the objective instead of minimizing it.
         foreach: Whether to use the foreach implementation. ``None`` uses it for plain tensors on accelerators that no
             fused kernel supports.
@@ -76,9 +83,11 @@ class Rprop(Optimizer):
 
     Attributes:
         shared_loss: Whether every process passes the same loss to a step (default: ``False``). With several processes
-            irprop+ requires it, because replicas that compare different losses diverge.
+            irprop+ and the default ``retreat`` require it, because replicas that judge different losses diverge.
             :class:`lightning_rprop.FullBatch` sets it during a fit; set it yourself if you reduce the loss over the
             processes. It is not part of ``state_dict()``.
+        retreats: How many steps have taken back the last move: an int, or a tensor of one element if the loss is on an
+            accelerator. It is not part of ``state_dict()``.
 
     Raises:
         ValueError: If a value is out of range, also in a parameter group.
@@ -100,7 +109,9 @@ class Rprop(Optimizer):
         tensor([ 0.7800, -1.7800], requires_grad=True)
     """
 
-    shared_loss: bool = False  # a class attribute, for optimizers pickled before it existed
+    shared_loss: bool = False  # class attributes, for optimizers pickled before they existed
+    retreats: int | Tensor = 0
+    _is_done: Callable[[float | Tensor], bool] | None = None  # whether max_iter ends before the move of this loss
     _unmoved: set[Tensor]  # parameters whose state was created by a step that moved nothing
 
     def __init__(
@@ -113,6 +124,7 @@ class Rprop(Optimizer):
         variant: Variant = "irprop-",
         weight_decay: float = 0.0,
         max_iter: int = 1,
+        retreat: bool | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -126,6 +138,7 @@ class Rprop(Optimizer):
             "variant": variant,
             "weight_decay": weight_decay,
             "max_iter": max_iter,
+            "retreat": retreat,
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
@@ -171,7 +184,7 @@ class Rprop(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickling and copying."""
         self._set_initial_step_sizes()
-        return {**super().__getstate__(), "shared_loss": self.shared_loss}
+        return {**super().__getstate__(), "shared_loss": self.shared_loss, "retreats": self.retreats}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Check and set the state of a pickle or a checkpoint, from this class or ``torch.optim.Rprop``."""
@@ -281,7 +294,7 @@ class Rprop(Optimizer):
         Args:
             closure: Zeroes the gradients, evaluates the model, calls ``backward`` and returns the loss.
             loss: The loss of the current gradients, for loops that call ``backward`` themselves. A tensor must have one
-                element and is not copied to the host. Only irprop+ uses it, in preference to the closure's loss.
+                element; on an accelerator it is not copied to the host. It takes precedence over the closure's result.
 
         Returns:
             The result of the first closure call, or ``None`` without a closure.
@@ -292,8 +305,10 @@ class Rprop(Optimizer):
                 ``shared_loss``); if ``max_iter`` is more than 1 and the closure is missing or does not zero the
                 gradients; or if memory runs out. No parameter has moved then.
             TypeError: If a parameter with a gradient cannot be updated. No parameter has moved then.
-            ValueError: If irprop+ got anything other than one number. No parameter has moved then.
+            ValueError: If ``loss`` is not one real number, or the closure's result is not although irprop+ or
+                ``retreat=True`` need it. No parameter has moved then.
         """
+        check_number(loss)
         max_iter = self.param_groups[0]["max_iter"]
         if closure is None and loss is None and not torch.compiler.is_compiling() and _makes_state(self):
             self._make_state()
@@ -312,6 +327,8 @@ class Rprop(Optimizer):
         for _ in range(max_iter - 1):
             with torch.enable_grad():
                 again = closure()
+            if self._is_done is not None and self._is_done(again):
+                break
             self._move(again)
         return first
 
@@ -330,6 +347,7 @@ class Rprop(Optimizer):
         check_step(self.param_groups, at_flips, self.state, loss, self.shared_loss)
         moves: list[Callable[[], None]] = []
         scratch: Scratch = {}
+        retreats = self._retreats_of_groups(loss)
         with torch.set_grad_enabled(False):  # takes half the time of no_grad()
             for i, group in enumerate(self.param_groups):
                 forget, take_back = at_flips[i]
@@ -339,6 +357,8 @@ class Rprop(Optimizer):
                 step_sizes: list[Tensor] = []
                 state_steps: list[Tensor] = []
                 self._init_group(group, params, grads, prevs, step_sizes, state_steps)
+                if retreats[i] is not False and self._has_no_gradient():
+                    self._init_without_gradients(group, params, grads, prevs, step_sizes)
                 when: bool | Tensor | None = take_back
                 if when is None:
                     when, keep_loss = self._compare(group, loss)
@@ -350,14 +370,33 @@ class Rprop(Optimizer):
                     prevs,
                     step_sizes,
                     state_steps,
-                    Rule._make((*numbers, group["maximize"], forget, when)),
+                    Rule._make((*numbers, group["maximize"], forget, when, retreats[i])),
                     foreach=group["foreach"],
                     fused=group["fused"],
                     differentiable=group["differentiable"],
                     scratch=scratch,
                 )
+            if flags := [*dict.fromkeys(flag for flag in retreats if flag is not False)]:
+                moves.append(partial(self._count_retreat, reduce(or_, flags)))
             for move in moves:  # everything that can fail has been done
                 move()
+
+    def _retreats_of_groups(self, loss: float | Tensor | None) -> list[bool | Tensor]:
+        """Return for each group whether it takes back its last move."""
+        groups = self.param_groups
+        if loss is None or not is_number(loss):  # without retreat=True, a closure may return anything
+            return [False] * len(groups)
+        by_default = not is_local(self.shared_loss)
+        is_active = [by_default if group["retreat"] is None else group["retreat"] for group in groups]
+        bad = {maximize: is_bad(loss, maximize) for maximize in {group["maximize"] for group in groups}}
+        return [bad[group["maximize"]] if active else False for group, active in zip(groups, is_active, strict=True)]
+
+    def _count_retreat(self, flag: bool | Tensor) -> None:
+        if isinstance(flag, Tensor):
+            if is_transformed() or is_simulating():
+                return
+            self.retreats = on_device(self.retreats, flag.device)  # from the second step on the same tensor
+        self.retreats += flag
 
     def _compare(self, group: dict[str, Any], loss: float | Tensor | None) -> tuple[bool | Tensor, Callable[[], None]]:
         """Return whether the loss is worse than at the previous call, and a function that stores it for the next call.
@@ -423,6 +462,28 @@ class Rprop(Optimizer):
             step_sizes.append(state["step_size"])
             state_steps.append(state["step"])
 
+    def _has_no_gradient(self) -> bool:
+        return all(p.grad is None for group in self.param_groups for p in group["params"])
+
+    def _init_without_gradients(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        prevs: list[Tensor],
+        step_sizes: list[Tensor],
+    ) -> None:
+        """Fill the lists for a closure that skips ``backward()`` if its loss is bad.
+
+        If it turns out that the loss is not bad, gradients of NaN leave the parameters unchanged.
+        """
+        for p in group["params"]:
+            if (state := self.state.get(p)) and "step_size" in state:
+                params.append(p)
+                grads.append(torch.full_like(p, complex(math.nan, math.nan) if p.is_complex() else math.nan))
+                prevs.append(state["prev"])
+                step_sizes.append(state["step_size"])
+
     def _set_initial_step_sizes(self) -> None:
         """Set the step sizes of parameters that have state but have not moved yet to the current lr."""
         for group in self.param_groups:
@@ -450,6 +511,7 @@ def rprop(
     weight_decay: float = 0.0,
     variant: str = "irprop-",
     loss_rose: bool | Tensor = False,
+    retreat: bool | Tensor = False,
 ) -> None:
     r"""Make one step of Rprop with the given tensors; a drop-in replacement for ``torch.optim.rprop.rprop``.
 
@@ -479,6 +541,8 @@ def rprop(
         variant: The rule: ``"irprop-"``, ``"irprop+"``, ``"rprop-"`` or ``"rprop+"`` (default: ``"irprop-"``).
         loss_rose: For ``"irprop+"``, whether the loss is worse than at the previous call: a bool, or a bool tensor that
             broadcasts to every parameter (default: ``False``).
+        retreat: Whether to take back the last move of every weight, shrink all step sizes and make no other move:
+            likewise (default: ``False``).
 
     Raises:
         RuntimeError: If ``state_steps`` holds anything other than tensors, or if ``fused=True`` and no fused kernel
@@ -494,7 +558,7 @@ def rprop(
         prevs,
         step_sizes,
         state_steps,
-        Rule(etaminus, etaplus, step_size_min, step_size_max, weight_decay, maximize, forget, rose),
+        Rule(etaminus, etaplus, step_size_min, step_size_max, weight_decay, maximize, forget, rose, retreat),
         foreach=foreach,
         fused=fused,
         differentiable=differentiable,
@@ -545,6 +609,8 @@ def _prepare_with_autograd(*args: Any, **kwargs: Any) -> list[Callable[[], None]
 
 def _count(steps: list[Tensor]) -> None:
     """Add 1 to the step counters."""
+    if not steps:
+        return
     first = steps[0]
     if type(first) is not Tensor or torch.compiler.is_compiling() or is_watched():
         torch._foreach_add_(steps, 1)

@@ -14,7 +14,7 @@ param.grad = torch.ones(10)
 optimizer = Rprop([param])
 optimizer.step()
 assert param.tolist() == [-torch.tensor(0.01).item()] * 10
-fused = not isinstance(fused_for(*[param.detach()] * 4, False), str)
+fused = not isinstance(fused_for(*[param.detach()] * 4), str)
 print("fused" if fused else "plain", "compiled" if "numba" in sys.modules else "loaded")
 """
 

@@ -41,6 +41,7 @@ def twin(
     etas: tuple[float, float],
     step_sizes: tuple[float, float],
     rounded: Callable[[float], float] = float,
+    retreat: bool = True,
 ) -> Iterator[tuple[float, float, float]]:
     """Iterate over weight, step size and stored gradient after each step.
 
@@ -53,6 +54,7 @@ def twin(
         etas: Factors by which the step size shrinks and grows.
         step_sizes: Smallest and largest step size.
         rounded: Rounds a number to the emulated dtype.
+        retreat: Whether a loss of NaN or infinity takes back the last move.
     """
     etaminus, etaplus = map(rounded, etas)
     low, high = map(rounded, step_sizes)
@@ -67,6 +69,12 @@ def twin(
             E = math.inf
         rose = E > E_before or E == math.inf
         E_before = E
+        if retreat and E == math.inf:
+            w = rounded(w + sign(g_before) * D)
+            D = min(max(rounded(D * etaminus), low), high)
+            g_before = 0.0
+            yield w, D, g_before
+            continue
         if math.isnan(g):
             yield w, D, g_before
             continue

@@ -80,7 +80,7 @@ def test_max_iter_rejects_closure_without_zero(kind):
 @pytest.mark.parametrize("factor", [NAN, INF, -INF])
 def test_max_iter_accepts_nan_gradients(factor, set_to_none):
     """The check sets the gradients to infinity before the closure, so zeroing them in place must not leave NaN."""
-    w, optimizer, _, _ = descend("irprop-", 2, max_iter=2)
+    w, optimizer, _, _ = descend("irprop-", 2, max_iter=2, retreat=False)
     before = w.detach().clone()
 
     def closure():

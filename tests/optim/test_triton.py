@@ -72,8 +72,8 @@ def test_each_dtype_needs_one_launch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("take_back", ["constexpr", "*i1"], ids=["never", "from memory"])
-def test_kernel_compiles_for_a_gpu(dtype, take_back):
+@pytest.mark.parametrize("flag", ["constexpr", "*i1"], ids=["never", "from memory"])
+def test_kernel_compiles_for_a_gpu(dtype, flag):
     """The code has no fused multiply-add, which rounds differently, and loads and stores 16 bytes at a time."""
     import triton.language as tl
     from triton import compile
@@ -93,8 +93,9 @@ def test_kernel_compiles_for_a_gpu(dtype, take_back):
         "FORGET": True,
         "TAKE_BACK": False,
     }
-    types = {"table": "*i64", "rows": "i32", "take_back_at": take_back} | dict.fromkeys(fixed, "constexpr")
-    values = fixed if take_back != "constexpr" else {**fixed, "take_back_at": None}
+    flags = ("take_back_at", "retreat_at")
+    types = {"table": "*i64", "rows": "i32"} | dict.fromkeys(flags, flag) | dict.fromkeys(fixed, "constexpr")
+    values = fixed if flag != "constexpr" else fixed | dict.fromkeys(flags)
     source = ASTSource(_triton._kernel, types, constexprs=values, attrs={(0,): [["tt.divisibility", 16]]})
     kernel = compile(source, GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False})
     text = kernel.asm["ptx"]

@@ -1,0 +1,46 @@
+"""What a step reads from its loss: whether it is bad, and whether it is the same on every process."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_rprop._torch import is_simulated, is_simulating, is_transformed
+from lightning_rprop.optim._sharding import whole
+
+
+def is_number(loss: Any) -> bool:
+    """Return whether a loss is a real number or a real tensor of one element."""
+    return loss.numel() == 1 and not loss.is_complex() if isinstance(loss, Tensor) else isinstance(loss, Real)
+
+
+def is_local(shared_loss: bool) -> bool:
+    """Return whether the processes may have different losses."""
+    return not shared_loss and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_bad(loss: float | Tensor, maximize: bool) -> bool | Tensor:
+    """Return whether a loss is NaN, or infinite in the bad direction.
+
+    The result is a tensor on the loss's device if the host does not know the value, so that nothing waits for it.
+    """
+    if isinstance(loss, Tensor):
+        tensor: Tensor = whole(loss.detach()).reshape(())
+        loss = tensor.item() if _is_known(tensor) else tensor
+    elif torch.compiler.is_compiling():  # a number would become a constant of the graph
+        loss = torch.tensor(loss, dtype=torch.float64)
+    # NaN compares as false
+    good = loss > -math.inf if maximize else loss < math.inf
+    return ~good if isinstance(good, Tensor) else not good
+
+
+def _is_known(loss: Tensor) -> bool:
+    """Return whether reading a loss takes no time: it is on the CPU, and is neither traced nor simulated."""
+    if torch.compiler.is_compiling() or is_transformed() or is_simulating() or is_simulated(loss):
+        return False
+    return loss.is_cpu
