@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
@@ -68,6 +68,8 @@ class Converged(Callback):
     ) -> None:
         super().__init__()
         self._criteria = Convergence(tolerance_change, tolerance_grad, tolerance_step, patience)
+        has_inside = tolerance_change is not None or tolerance_grad is not None
+        self._inside = Convergence(tolerance_change, tolerance_grad) if has_inside else None  # of max_iter
         self.every_n_steps = check_count("every_n_steps", every_n_steps)
         self._is_fit = False
         self._release()
@@ -78,8 +80,8 @@ class Converged(Callback):
         self._detach = ExitStack()  # from the optimizer
         self._is_shared = False  # whether all ranks have the same loss
         self._has_stepped = False  # in this batch
-        self._evaluations = 0  # those compared in this batch
-        self._is_done: int | Tensor = 0  # whether max_iter ends; on an accelerator, not yet copied to the host
+        self._evaluations = 0  # those of this step that were compared
+        self._is_done: int | Tensor = 0  # whether max_iter ends, with the evaluations not yet copied to the host
 
     @property
     def reason(self) -> str | None:
@@ -129,16 +131,15 @@ class Converged(Callback):
     ) -> None:
         """Follow an optimizer that was replaced."""
         self._follow_optimizer(trainer)
-        self._has_stepped, self._evaluations, self._is_done = False, 0, 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the step, and stop the Trainer if the run has converged."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-        if not self._has_stepped or loss is None:
+        has_stepped, self._has_stepped = self._has_stepped, False
+        if not has_stepped:
             return
-        step = trainer.global_step
+        step, loss = trainer.global_step, outputs["loss"]
         self._criteria._observe(self._shared(trainer, loss), trainer.optimizers[0], step)
         if not isinstance(self._criteria._end, Tensor) or step % self.every_n_steps == 0:
             self._stop_if_converged(trainer)
@@ -160,3 +161,62 @@ class Converged(Callback):
         """Load the state in a fit; ``test`` with a checkpoint must not overwrite the result of the fit."""
         if self._is_fit:
             self._criteria.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which takes no part in a running fit."""
+        copied = Converged.__new__(Converged)
+        copied._release()
+        # Lightning sets these two on every callback, bound to the module
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return kept | vars(copied)
+
+    def _close(self) -> None:
+        self._detach.close()
+        self._release()
+
+    def _follow_optimizer(self, trainer: pl.Trainer) -> None:
+        """Attach to the Trainer's optimizer, if it is a new one."""
+        optimizers = trainer.optimizers
+        if [*map(id, optimizers)] == [id(self._optimizer)]:
+            return
+        count = 0 if has_no_optimizer(trainer) else len(optimizers)
+        if count != 1:
+            raise MisconfigurationException(
+                f"Converged needs one optimizer, but the Trainer has {count}. Return one from configure_optimizers, "
+                "with a parameter group for each set of options"
+            )
+        inner = innermost(optimizers[0])
+        if not isinstance(inner, Optimizer):
+            raise MisconfigurationException(f"Converged needs a torch.optim.Optimizer, got {type(inner).__name__}")
+        self._detach.close()
+        self._optimizer = optimizers[0]
+        self._detach.callback(inner.register_step_post_hook(self._note_step).remove)
+        if self._inside is not None and hasattr(inner, "_is_done"):
+            inner._is_done = partial(self._ends_max_iter, trainer)
+            self._detach.callback(vars(inner).pop, "_is_done", None)
+
+    def _note_step(self, *_: Any) -> None:
+        self._has_stepped, self._evaluations, self._is_done = True, 0, 0
+
+    def _ends_max_iter(self, trainer: pl.Trainer, before: Tensor, loss: Tensor) -> bool:
+        """Return whether Rprop's ``max_iter`` ends before the move by the gradient of this loss."""
+        assert self._inside is not None
+        with torch.set_grad_enabled(False):
+            before, loss = self._shared(trainer, before), self._shared(trainer, loss)
+            _, which = self._inside._compare(before, loss, trainer.optimizers[0])
+            self._is_done = self._is_done | which
+        self._evaluations += 1
+        return (not isinstance(which, Tensor) or self._evaluations % self.every_n_steps == 0) and bool(self._is_done)
+
+    def _shared(self, trainer: pl.Trainer, loss: Tensor) -> Tensor:
+        """Return the mean of the ranks' losses, which is the same number on all of them."""
+        if self._is_shared:
+            return loss
+        mean: Tensor = trainer.strategy.reduce(whole(loss.detach()).clone(), reduce_op="mean")  # reduces in place
+        return mean
+
+    def _stop_if_converged(self, trainer: pl.Trainer) -> None:
+        if bool(self._criteria._end):
+            if not trainer.should_stop:
+                rank_zero_info(f"Converged: {self.reason}.")
+            trainer.should_stop = True

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_rprop.convergence._small import are_small, is_on_host, wide_dtype
+from lightning_rprop.optim._loss import is_number
 from lightning_rprop.optim._sharding import whole
 
 # The criteria, as bits.
@@ -207,10 +208,9 @@ def _tolerance(name: str, value: Any) -> float | None:
 
 def _number(loss: Any, param: Tensor) -> Any:
     """Return the loss as a number, or as a tensor on the parameter's device if that is an accelerator."""
-    value = whole(loss.detach()) if isinstance(loss, Tensor) else loss
-    is_one = value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)
-    if not is_one:
+    if not is_number(loss):
         raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}. Reduce it: loss.mean().")
+    value = whole(loss.detach()) if isinstance(loss, Tensor) else loss
     if is_on_host(param):
         return float(value)
     if isinstance(value, Tensor):
