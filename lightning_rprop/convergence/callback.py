@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
@@ -201,10 +200,9 @@ class Converged(Callback):
     def _ends_max_iter(self, trainer: pl.Trainer, before: Tensor, loss: Tensor) -> bool:
         """Return whether Rprop's ``max_iter`` ends before the move by the gradient of this loss."""
         assert self._inside is not None
-        with torch.set_grad_enabled(False):
-            before, loss = self._shared(trainer, before), self._shared(trainer, loss)
-            _, which = self._inside._compare(before, loss, trainer.optimizers[0])
-            self._is_done = self._is_done | which
+        before, loss = self._shared(trainer, before), self._shared(trainer, loss)
+        _, which = self._inside._compare(before, loss, trainer.optimizers[0])
+        self._is_done = self._is_done | which
         self._evaluations += 1
         return (not isinstance(which, Tensor) or self._evaluations % self.every_n_steps == 0) and bool(self._is_done)
 

@@ -89,7 +89,9 @@ class Convergence:
         self._step = 0
 
     def update(self, loss: float | Tensor, params: Any) -> bool:
-        """Record an optimizer step and return whether the run has converged. Call it once after each step.
+        """Record an optimizer step and return whether the run has converged.
+
+        Call it once after each step, but not after a step that a GradScaler has skipped, which changes no loss.
 
         Args:
             loss: The loss whose gradient the step used, a real number or a tensor of one element. Several processes
@@ -158,14 +160,13 @@ class Convergence:
 
     def _observe(self, loss: float | Tensor, params: Any, step: int) -> None:
         """Record a step, without copying anything from an accelerator to the host."""
-        with torch.set_grad_enabled(False):  # takes half the time of no_grad()
-            now, which = self._compare(self._before, loss, params)
-            holds = which > 0
-            self._held = (self._held + 1) * holds
-            self._which = (self._which | which) * holds
-            is_first = (self._end == 0) * (self._held >= self.patience)
-            self._end = self._end + is_first * ((step << _SHIFT) + self._which)
-            self._before, self._step = now, step
+        now, which = self._compare(self._before, loss, params)
+        holds = which > 0
+        self._held = (self._held + 1) * holds
+        self._which = (self._which | which) * holds
+        is_first = (self._end == 0) * (self._held >= self.patience)
+        self._end = self._end + is_first * ((step << _SHIFT) + self._which)
+        self._before, self._step = now, step
 
     def _compare(self, before: float | Tensor, loss: float | Tensor, params: Any) -> tuple[Any, Any]:
         """Return the loss, and the criteria that hold now; both are tensors if the parameters are on an accelerator."""

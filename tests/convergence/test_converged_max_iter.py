@@ -4,25 +4,34 @@ import math
 
 import pytest
 import torch
-from fitting import DATA, fit
+from fitting import DATA, fit, stay
 from lit import trainer
 from torch.utils.data import DataLoader, TensorDataset
 from whole_set import Regression
 
-from lightning_rprop import Converged, FullBatch, Rprop
-from lightning_rprop.convergence import _small, criteria
+from lightning_rprop import Converged, Rprop
 
 MAX_ITER = 15
 
 
-def loop(steps, change, grad, lr=0.01):
-    """Train in a plain loop with the rule written out; return parameters, and the number of evaluations per step."""
-    module = Regression(lambda params: Rprop(params, lr=lr))
+def loop(steps, change, grad, every=1):
+    """Train in a plain loop with the rule written out.
+
+    Args:
+        steps: Number of steps.
+        change: ``tolerance_change``.
+        grad: ``tolerance_grad``.
+        every: The step ends only after this number of comparisons, or a multiple.
+
+    Returns:
+        The parameters, and the number of evaluations of each step.
+    """
+    module = Regression(lambda params: Rprop(params, lr=0.01))
     optimizer = module.configure_optimizers()
     x, y = DATA
     counts = []
     for _ in range(steps):
-        before = math.nan
+        before, is_done = math.nan, False
         for i in range(MAX_ITER):
             optimizer.zero_grad()
             loss = (module.net(x) - y).square().mean()
@@ -30,7 +39,8 @@ def loop(steps, change, grad, lr=0.01):
             loss = loss.item()
             changed_little = change is not None and abs(loss - before) <= change * max(abs(loss), abs(before))
             largest = max(p.grad.abs().max().item() for p in module.parameters())
-            if i and (changed_little or (grad is not None and largest <= grad)):
+            is_done |= i > 0 and (changed_little or (grad is not None and largest <= grad))
+            if is_done and i % every == 0:
                 break
             optimizer.step()
             before = loss
@@ -75,17 +85,24 @@ def test_step_criterion_leaves_max_iter_alone(tmp_path):
     assert module.counts == [MAX_ITER] * 2
 
 
-def test_device_is_read_every_n_evaluations(monkeypatch, tmp_path):
-    """And every n steps; the reason names the step at which the run has converged."""
-    monkeypatch.setattr(_small, "is_on_host", lambda tensor: False)
-    monkeypatch.setattr(criteria, "is_on_host", lambda tensor: False)
+def test_device_is_read_every_n_evaluations(on_device, tmp_path):
+    """A comparison in between counts too."""
+    params, counts = loop(12, 2e-3, 0.04, every=3)
+    assert {4, 10, MAX_ITER} <= {*counts}
+    assert counts != loop(12, 2e-3, 0.04)[1]
+    module = Counting()
+    fit(tmp_path, module, None, steps=12, callbacks=[Converged(2e-3, 0.04, patience=20, every_n_steps=3)])
+    assert module.counts == counts
+    assert all(map(torch.equal, module.parameters(), params))
+
+
+def test_device_is_read_every_n_steps(on_device, monkeypatch, tmp_path):
+    """The reason names the step of convergence."""
     reads = []
     original = torch.Tensor.__bool__
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: reads.append(self) or original(self))
-    module, converged = Counting(lr=0.0, step_sizes=(0, 0.0)), Converged(1e-3, None, patience=3, every_n_steps=5)
-    fitter = fit(tmp_path, module, None, steps=30, callbacks=[converged], full_batch=FullBatch())
-    assert module.counts == [6] * 5  # nothing changes from the second evaluation on, the fifth comparison is read
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: reads.append(self.dtype) or original(self))
+    module, converged = Regression(stay), Converged(1e-3, None, patience=3, every_n_steps=5)
+    fitter = fit(tmp_path, module, None, steps=30, callbacks=[converged])
     assert fitter.global_step == 5
     assert converged.reason.endswith("for 3 steps in a row, up to step 4")
-    ours = [each for each in reads if each.dtype == torch.int64]
-    assert len(ours) == 5 + 1
+    assert reads.count(torch.int64) == 1

@@ -9,7 +9,6 @@ from stopping import stop_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rprop import Convergence, Rprop
-from lightning_rprop.convergence import _small, criteria
 
 INF, NAN = math.inf, math.nan
 
@@ -18,6 +17,7 @@ BY_HAND = {
     "two small changes": ({"change": 0.1}, [10, 9.5, 9.4, 9.3], None, 3),
     "a large change in between": ({"change": 0.1}, [10, 9.5, 5, 4.9, 4.8], None, 5),
     "relative to the larger loss": ({"change": 0.5}, [2, 1, 0.5], None, 3),
+    "relative to a risen loss": ({"change": 0.5}, [0.5, 1, 2], None, 3),
     "a little too large": ({"change": 0.5}, [2, 0.999, 0.4, 0.1], None, None),
     "negative losses": ({"change": 0.1}, [-10, -10.5, -11], None, 3),
     "opposite signs": ({"change": 1}, [-1, 1, -1, 1], None, None),
@@ -36,15 +36,6 @@ BY_HAND = {
     "one criterion, then the other": ({"change": 0.1, "grad": 0.5}, [9, 5, 5, 1], [1, 0.1, 1, 1], 3),
     "neither in between": ({"change": 0.1, "grad": 0.5}, [9, 9, 5, 5, 1], [1, 1, 1, 1, 0.1], 5),
 }
-
-
-@pytest.fixture(params=["host", "device"])
-def place(request, monkeypatch):
-    """Run on the host, and as on an accelerator, where nothing may be copied to the host."""
-    if request.param == "device":
-        monkeypatch.setattr(_small, "is_on_host", lambda tensor: False)
-        monkeypatch.setattr(criteria, "is_on_host", lambda tensor: False)
-    return request.param
 
 
 def make(change=None, grad=None, step=None, patience=2):
@@ -71,6 +62,14 @@ def test_stop_steps_match_those_by_hand(name, place):
     options, losses, grads, expected = BY_HAND[name]
     assert play(make(**options), losses, grads) == expected
     assert stop_step(losses, grads, **options, patience=2) == expected
+
+
+def test_loss_of_low_precision_is_compared_widely(place):
+    """In float16, the difference of these losses would overflow."""
+    convergence = Convergence(2, None, patience=1)
+    for loss in (6e4, -6e4):
+        converged = convergence.update(torch.tensor([loss], dtype=torch.float16), [torch.zeros(1)])
+    assert converged
 
 
 def random_tape(generator):
@@ -156,10 +155,8 @@ class NoSync(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_observation_copies_nothing_to_the_host(monkeypatch):
+def test_observation_copies_nothing_to_the_host(on_device):
     """On an accelerator; ``update`` then copies one number."""
-    monkeypatch.setattr(_small, "is_on_host", lambda tensor: False)
-    monkeypatch.setattr(criteria, "is_on_host", lambda tensor: False)
     weights = [torch.nn.Parameter(torch.ones(n, dtype=dtype)) for n in (1, 5) for dtype in (torch.half, torch.cfloat)]
     optimizer = Rprop([*weights, torch.nn.Parameter(torch.ones(2))], lr=0.1)  # one has no gradient
     convergence = make(change=0.1, grad=0.5, step=0.15, patience=3)

@@ -17,7 +17,7 @@ def small(values, tolerance=0.5, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_gradient_criterion_in_each_dtype(dtype):
+def test_gradient_criterion_in_each_dtype(dtype, place):
     for sign in (1, -1):
         assert small(sign * torch.tensor([0.25, 0.5, 0.0], dtype=dtype))
         above = torch.tensor(0.5, dtype=dtype).nextafter(torch.ones((), dtype=dtype))
@@ -26,13 +26,13 @@ def test_gradient_criterion_in_each_dtype(dtype):
     assert not small(torch.full((2,), 1.5e-7, dtype=dtype), tolerance=1e-7)  # 1.2e-7 in float16
 
 
-def test_complex_gradient_counts_both_parts():
+def test_complex_gradient_counts_both_parts(place):
     assert small(torch.tensor([0.5 - 0.5j, 0.1j]))
     assert not small(torch.tensor([0.1 - 0.6j]))
     assert not small(torch.tensor([0.6 + 0.1j]).conj())
 
 
-def test_sparse_gradient_counts_its_sums():
+def test_sparse_gradient_counts_its_sums(place):
     for weights, is_small in (([0.2, 0.3, -0.5], True), ([0.3, 0.3, 0.1], False)):
         embedding = torch.nn.Embedding(9, 1, sparse=True)
         (embedding(torch.tensor([1, 1, 3])).flatten() * torch.tensor(weights)).sum().backward()
@@ -40,7 +40,7 @@ def test_sparse_gradient_counts_its_sums():
         assert Convergence(None, 0.5, patience=1).update(1.0, embedding.parameters()) == is_small
 
 
-def test_every_parameter_counts():
+def test_every_parameter_counts(place):
     """Of all groups, in any order; empty ones and those without a gradient do not."""
     weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (), (0,), (4,))]
     frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
@@ -56,7 +56,7 @@ def test_every_parameter_counts():
 
 
 @pytest.mark.parametrize("make", [Rprop, torch.optim.Rprop], ids=["ours", "torch"])
-def test_step_criterion_reads_all_step_sizes(make):
+def test_step_criterion_reads_all_step_sizes(make, place):
     first, second, third = (
         torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (torch.half, torch.cfloat, torch.half)
     )
