@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_rprop._torch import is_simulated, is_simulating, is_transformed
-from lightning_rprop.optim._sharding import whole
+from lightning_rprop._torch import is_simulating, is_transformed
+from lightning_rprop.optim._sharding import PLAIN, whole
 
 
 def is_number(loss: Any) -> bool:
@@ -30,8 +30,7 @@ def is_bad(loss: float | Tensor, maximize: bool) -> bool | Tensor:
     The result is a tensor on the loss's device if the host does not know the value, so that nothing waits for it.
     """
     if isinstance(loss, Tensor):
-        tensor: Tensor = whole(loss.detach()).reshape(())
-        loss = tensor.item() if _is_known(tensor) else tensor
+        loss = loss.item() if _is_known(loss) else whole(loss.detach()).reshape(())
     elif torch.compiler.is_compiling():  # a number would become a constant of the graph
         loss = torch.tensor(loss, dtype=torch.float64)
     # NaN compares as false
@@ -41,6 +40,6 @@ def is_bad(loss: float | Tensor, maximize: bool) -> bool | Tensor:
 
 def _is_known(loss: Tensor) -> bool:
     """Return whether reading a loss takes no time: it is on the CPU, and is neither traced nor simulated."""
-    if torch.compiler.is_compiling() or is_transformed() or is_simulating() or is_simulated(loss):
+    if type(loss) not in PLAIN or not loss.is_cpu or torch.compiler.is_compiling():
         return False
-    return loss.is_cpu
+    return not (is_transformed() or is_simulating())

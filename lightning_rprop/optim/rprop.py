@@ -86,8 +86,8 @@ class Rprop(Optimizer):
             irprop+ and the default ``retreat`` require it, because replicas that judge different losses diverge.
             :class:`lightning_rprop.FullBatch` sets it during a fit; set it yourself if you reduce the loss over the
             processes. It is not part of ``state_dict()``.
-        retreats: How many steps have taken back the last move: an int, or a tensor of one element if the loss is on an
-            accelerator. It is not part of ``state_dict()``.
+        retreats: How many steps have taken back the last move: 0, and from the first step on a tensor of one element on
+            the device of the parameters. It is not part of ``state_dict()``.
 
     Raises:
         ValueError: If a value is out of range, also in a parameter group.
@@ -390,15 +390,17 @@ class Rprop(Optimizer):
         if loss is None or not is_number(loss):  # without retreat=True, a closure may return anything
             return [False] * len(groups)
         by_default = not is_local(self.shared_loss)
-        is_active = [by_default if group["retreat"] is None else group["retreat"] for group in groups]
-        bad = {maximize: is_bad(loss, maximize) for maximize in {group["maximize"] for group in groups}}
-        return [bad[group["maximize"]] if active else False for group, active in zip(groups, is_active, strict=True)]
+        active = [by_default if group["retreat"] is None else group["retreat"] for group in groups]
+        found: dict[bool, bool | Tensor] = {}
+        for maximize in {group["maximize"] for group, is_active in zip(groups, active, strict=True) if is_active}:
+            found[maximize] = is_bad(loss, maximize)
+        return [is_active and found[group["maximize"]] for group, is_active in zip(groups, active, strict=True)]
 
     def _count_retreat(self, flag: bool | Tensor) -> None:
         if isinstance(flag, Tensor):
-            if is_transformed() or is_simulating():
-                return
-            self.retreats = on_device(self.retreats, flag.device)  # from the second step on the same tensor
+            if not torch.compiler.is_compiling() and (is_transformed() or is_simulating()):
+                return  # the value is not known
+            self.retreats = on_device(self.retreats, flag.device)
         self.retreats += flag
 
     def _compare(self, group: dict[str, Any], loss: float | Tensor | None) -> tuple[bool | Tensor, Callable[[], None]]:
@@ -464,6 +466,8 @@ class Rprop(Optimizer):
             prevs.append(prev)
             step_sizes.append(state["step_size"])
             state_steps.append(state["step"])
+        if params and isinstance(self.retreats, int):  # the compiler keeps no attribute that is set later
+            self.retreats = on_device(self.retreats, params[0].device)
 
     def _has_no_gradient(self) -> bool:
         return all(p.grad is None for group in self.param_groups for p in group["params"])

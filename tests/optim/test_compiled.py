@@ -25,7 +25,7 @@ def make(dtypes, **options):
     return train(Rprop, params, 0, **options)
 
 
-def assert_compiled_is_same(backend, dtypes, steps=8, **options):
+def assert_compiled_is_same(backend, dtypes, steps=8, losses=(0.0, 1.0, 2.0), **options):
     """With bfloat16 or float16, a move by an unrounded step size shows within a few steps."""
     torch._dynamo.reset()
     compiled, plain = make(dtypes, **options), make(dtypes, foreach=False, **options)
@@ -33,10 +33,11 @@ def assert_compiled_is_same(backend, dtypes, steps=8, **options):
     for i in range(steps):
         for one in (compiled, plain):
             set_gradients(one.params, i)
-        loss = torch.tensor(float(i % 3), dtype=torch.float64)
+        loss = torch.tensor(losses[i % 3], dtype=torch.float64)
         step(loss)
         plain.optimizer.step(loss=loss)
     assert_same(compiled, plain)
+    assert compiled.optimizer.retreats == plain.optimizer.retreats
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -44,6 +45,11 @@ def test_mixed_dtypes_are_bit_exact(backend):
     assert_compiled_is_same(
         backend, [torch.bfloat16, torch.float32, torch.float16, torch.float64], variant="irprop+", weight_decay=0.3
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_retreat_is_bit_exact(backend):
+    assert_compiled_is_same(backend, [torch.bfloat16, torch.float32], losses=(1.0, 2.0, torch.nan))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

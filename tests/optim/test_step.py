@@ -205,12 +205,16 @@ def test_differentiable_through_several_steps():
 
 
 def test_differentiable_matches_ordinary_step():
-    ordinary = train(Rprop, parameters(torch.float64), 20)
+    losses = [float("nan") if step in (5, 9, 10) else 1.0 for step in range(20)]
+    ordinary = train(Rprop, parameters(torch.float64), 0)
+    for step, loss in enumerate(losses):
+        set_gradients(ordinary.params, 1000 + step)
+        ordinary.optimizer.step(loss=loss)
     params = [p.clone() for p in parameters(torch.float64)]
     optimizer = Rprop(params, differentiable=True)
     for step in range(20):
         set_gradients(params, 1000 + step)
-        optimizer.step()
+        optimizer.step(loss=losses[step])
     assert all(torch.equal(p, q) for p, q in zip(params, ordinary.params, strict=True))
 
 
@@ -225,9 +229,11 @@ def test_cuda_matches_cpu_exactly(options):
     for step in range(20):
         for p, q, g in zip(gpu, cpu, gradients(cpu, step), strict=True):
             p.grad, q.grad = g.cuda(), g
-        a.step()
-        b.step()
+        loss = torch.tensor(float("nan") if step in (5, 9, 10) else 1.0)
+        a.step(loss=loss.cuda())
+        b.step(loss=loss)
     assert all(torch.equal(p.cpu(), q) for p, q in zip(gpu, cpu, strict=True))
+    assert a.retreats.item() == b.retreats.item() == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -242,17 +248,19 @@ def test_cuda_graph_matches_eager_steps():
         torch.zeros(1, device="cuda")  # torch warns about an empty graph
         with pytest.raises(RuntimeError, match="Construct Rprop with capturable=True"):
             refused.step()
-    stream = torch.cuda.Stream()
+    stream, loss = torch.cuda.Stream(), torch.ones((), device="cuda")
     with torch.cuda.stream(stream):
-        optimizer.step()  # creates the state
+        optimizer.step(loss=loss)  # creates the state
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        optimizer.step()
+        optimizer.step(loss=loss)
     for step in range(10):
         for p, q, g in zip(params, plain, gradients(plain, step), strict=True):
             p.grad.copy_(g)
             q.grad = g.cuda()
+        loss.fill_(float("nan") if step in (3, 4) else 1.0)
         graph.replay()
-        eager.step()
+        eager.step(loss=loss)
     assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))
+    assert optimizer.retreats.item() == eager.retreats.item() == 2

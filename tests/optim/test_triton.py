@@ -18,6 +18,7 @@ FILES = (
     "test_parity.py",
     "test_rules.py",
     "test_rule_mutants.py",
+    "test_retreat.py",
     "test_step.py",
     "test_step_loss.py",
     "test_fused.py",

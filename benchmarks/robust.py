@@ -1,0 +1,128 @@
+"""What robust fits cost: KeepBest and Converged in a step of examples/train.py, and retreat in an optimizer step.
+
+"digits" trains the network of examples/train.py with and without the callbacks, in short runs that alternate. The loss
+falls in most of these steps, so KeepBest copies the weights in most of them. The figures are medians over all steps.
+
+The other lines compare ``Rprop.step(loss=loss)`` with ``retreat=True`` and ``False``, on a small network and on
+ResNet-50's 25.6 million weights; the calls alternate, and the figures are medians.
+
+    python -m benchmarks.robust
+    python -m benchmarks.robust --json robust.json
+    python -m benchmarks.robust --seconds 0.5 --only digits
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from benchmarks.monitor import digits
+from benchmarks.step import machine, resnet50
+from lightning_rprop import Converged, KeepBest, Rprop
+
+STEPS = 200  # of a run of "digits"
+SMALL = [(64, 64), (64,), (10, 64), (10,)]  # the parameters of "digits"
+LIMITS = {"digits": 1.05}
+
+
+class Line(NamedTuple):
+    """Milliseconds of a step with and without a feature."""
+
+    about: str
+    with_it: float
+    without: float
+
+
+class Clock(pl.Callback):
+    """Measures the time from step to step, and ends the run."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Take the time."""
+        self.starts.append(time.perf_counter())
+        trainer.should_stop = len(self.starts) > STEPS
+
+    def steps(self) -> list[float]:
+        """Return the milliseconds of each step; the first ones warm up."""
+        return [1e3 * (end - start) for start, end in pairwise(self.starts[10:])]
+
+
+def callbacks_line(seconds: float) -> Line:
+    """Measure KeepBest and Converged in the example."""
+    found: tuple[list[float], list[float]] = ([], [])
+    start = time.perf_counter()
+    while not found[1] or time.perf_counter() - start < seconds:
+        for times, callbacks in zip(found, ([KeepBest(), Converged()], []), strict=True):
+            clock = Clock()
+            with tempfile.TemporaryDirectory() as folder:
+                digits([clock, *callbacks], folder)
+            times += clock.steps()
+    return Line("digits", *map(statistics.median, found))
+
+
+def retreat_line(about: str, shapes: list[tuple[int, ...]], seconds: float) -> Line:
+    """Measure an optimizer step with and without retreat."""
+    torch.manual_seed(0)
+    optimizers = []
+    for retreat in (True, False):
+        params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizers.append(Rprop(params, fused=True, retreat=retreat))
+    found: tuple[list[float], list[float]] = ([], [])
+    loss, start = torch.tensor(1.0), time.perf_counter()
+    while len(found[1]) < 20 or time.perf_counter() - start < seconds:
+        for times, optimizer in zip(found, optimizers, strict=True):
+            begin = time.perf_counter()
+            optimizer.step(loss=loss)
+            times.append(1e3 * (time.perf_counter() - begin))
+    return Line(about, *(statistics.median(times[10:]) for times in found))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=30.0, help="approximate time for each line (default: 30)")
+    parser.add_argument("--only", choices=["digits", "retreat"], help="run one part")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    about = {**machine([]), "lightning": lightning.__version__}
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print("\n| a step of | with, ms | without, ms | ratio | at most |\n|---|---|---|---|---|")
+    lines = []
+    if arguments.only != "retreat":
+        lines.append(callbacks_line(arguments.seconds))
+    if arguments.only != "digits":
+        lines.append(retreat_line("Rprop, 4,810 weights", SMALL, arguments.seconds))
+        lines.append(retreat_line("Rprop, 25.6 million weights", resnet50(), arguments.seconds))
+    for line in lines:
+        limit = f"{LIMITS[line.about]:.2f}" if line.about in LIMITS else ""
+        print(
+            f"| {line.about} | {line.with_it:.4g} | {line.without:.4g} | {line.with_it / line.without:.3f} | {limit} |"
+        )
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"machine": about, "lines": [line._asdict() for line in lines]}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
