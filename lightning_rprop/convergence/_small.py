@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,25 +66,31 @@ def _step_sizes(params: Sequence[Tensor], optimizer: Any) -> list[Tensor]:
     return [state[p]["step_size"] for p in params if "step_size" in state.get(p, ())]
 
 
-def _entries(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the local entries as real tensors, without empty ones."""
-    parts = (local(tensor) for tensor in tensors)
-    parts = (part.coalesce().values() if part.layout is torch.sparse_coo else part for part in parts)
-    return [as_real(part) for part in parts if part.numel()]
+def _entries(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Iterate over the local entries as real tensors, without empty ones."""
+    for tensor in tensors:
+        part = local(tensor)
+        if part.layout is torch.sparse_coo:
+            part = part.coalesce().values()
+        if part.numel():
+            yield as_real(part)
 
 
-def _level(tensors: Sequence[Tensor], tolerance: float) -> int:
+def _level(tensors: Iterator[Tensor], tolerance: float) -> int:
+    level = _ABSENT
     for tensor in tensors:
         low, high = torch.aminmax(tensor)  # the infinity norm takes ten times as long
         if not max(-low.item(), high.item()) <= tolerance:  # also if NaN
             return _LARGE
-    return _SMALL if tensors else _ABSENT
+        level = _SMALL
+    return level
 
 
-def _level_on_device(device: torch.device, tensors: Sequence[Tensor], tolerance: float) -> Tensor:
-    if not tensors:
+def _level_on_device(device: torch.device, tensors: Iterator[Tensor], tolerance: float) -> Tensor:
+    parts = [*tensors]
+    if not parts:
         return torch.full((), _ABSENT, device=device)
-    largest = get_total_norm(tensors, math.inf).to(device, wide_dtype(tensors[0]))
+    largest = get_total_norm(parts, math.inf).to(device, wide_dtype(parts[0]))
     return torch.where(largest <= tolerance, _SMALL, _LARGE)
 
 
