@@ -99,7 +99,7 @@ def converge(world):
                 grad = torch.zeros(5, 2)
                 grad[place, 1] = -(2.0**-step)
                 if kind == "partial":  # a sum over the ranks, as tensor parallelism leaves it
-                    grad = DTensor.from_local(grad if dist.get_rank() == 0 else 0 * grad, mesh, [Partial()])
+                    grad = DTensor.from_local(grad * (3, -2, 0)[dist.get_rank()], mesh, [Partial()])
                 else:
                     grad = distribute_tensor(grad, mesh, [placement])
                 param.grad = None  # whose placement may differ from that of the next one
@@ -115,7 +115,7 @@ def fits(rank, world):
     cases = [
         (name, key)
         for name in (STRATEGIES if world == 2 else ())
-        for key in (CRITERIA if name == "ddp" else ("grad", "smaller step"))
+        for key in (CRITERIA if name == "ddp" else ("grad", "step", "smaller step"))
     ]
     seen = {
         "fits": {
