@@ -112,7 +112,8 @@ class Rprop(Optimizer):
     # not set on the class, where Lightning's wrapper would find them instead of forwarding
     shared_loss: bool
     retreats: int | Tensor
-    _is_done: Callable[[float | Tensor], bool] | None = None  # whether max_iter ends before the move of this loss
+    # takes the losses of two evaluations, and returns whether max_iter ends before the move of the second
+    _is_done: Callable[[float | Tensor, float | Tensor], bool] | None = None
     _unmoved: set[Tensor]  # parameters whose state was created by a step that moved nothing
 
     def __init__(
@@ -327,12 +328,14 @@ class Rprop(Optimizer):
         with torch.enable_grad():
             first = closure() if max_iter == 1 else evaluate_checked(closure, self.param_groups)
         self._move(first if loss is None else loss)
+        before = first
         for _ in range(max_iter - 1):
             with torch.enable_grad():
                 again = closure()
-            if self._is_done is not None and self._is_done(again):
+            if self._is_done is not None and self._is_done(before, again):
                 break
             self._move(again)
+            before = again
         return first
 
     def _make_state(self) -> None:

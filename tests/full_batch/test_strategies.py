@@ -111,6 +111,8 @@ def test_deepspeed_stages_equal_one_process(tmp_path):
         if world == 1:
             assert "gradient_clip_val is 0.5: leave it None" in ranks[0][1]["clip"]
             assert "remove the callback, or use a strategy" in ranks[0][1]["monitor"]
+            assert "tolerance_grad=1e-07 and tolerance_step=None. Set both to None" in ranks[0][1]["tolerance"]
+            assert ranks[0][1]["reason"].endswith("up to step 4")  # every change is small, from the second step on
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])

@@ -12,7 +12,7 @@ from on_cpu import DeepSpeedOnCPU
 from strategy_ranks import SAMPLES, SAVED_AT, WORLDS, Begin, Fit, Rows, loader, make_trainer, small_numbers
 from whole_set import Regression, make_data
 
-from lightning_rprop import FullBatchLoader, StepSizeMonitor
+from lightning_rprop import Converged, FullBatchLoader, StepSizeMonitor
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("bf16-mixed", "bf16-true")  # not in stage 0, where DeepSpeed steps before there is a loss
@@ -80,6 +80,9 @@ def fits(stage, world):
         seen["params"] = fit(stage)
     if (stage, world) == (1, 1):
         seen["monitor"], seen["clip"] = error_of(stage, [StepSizeMonitor()]), error_of(stage, gradient_clip_val=0.5)
+        seen["tolerance"], converged = error_of(stage, [Converged()]), Converged(1.0, None, patience=3)
+        fit(stage, callbacks=[converged])
+        seen["reason"] = converged.reason
     return seen
 
 

@@ -10,13 +10,28 @@ from typing import get_args
 import pytest
 
 import lightning_rprop
-from lightning_rprop import FullBatch, FullBatchConf, Rprop, RpropConf, StepSizeMonitor, StepSizeMonitorConf
-from lightning_rprop.config import CONFIGS, Variant
+from lightning_rprop import Converged, FullBatch, KeepBest, Rprop, StepSizeMonitor
+from lightning_rprop.config import (
+    CONFIGS,
+    ConvergedConf,
+    FullBatchConf,
+    KeepBestConf,
+    RpropConf,
+    StepSizeMonitorConf,
+    Variant,
+)
 from lightning_rprop.optim._rule import AT_FLIP
 from lightning_rprop.optim._rule import Variant as VariantName
 
 PAIRS = pytest.mark.parametrize(
-    ("cls", "conf"), [(Rprop, RpropConf), (StepSizeMonitor, StepSizeMonitorConf), (FullBatch, FullBatchConf)]
+    ("cls", "conf"),
+    [
+        (Rprop, RpropConf),
+        (StepSizeMonitor, StepSizeMonitorConf),
+        (FullBatch, FullBatchConf),
+        (KeepBest, KeepBestConf),
+        (Converged, ConvergedConf),
+    ],
 )
 
 
@@ -52,7 +67,7 @@ def test_variant_names_agree():
 def test_configs_and_exports_are_complete():
     optimizers = {"rprop", "rprop_plus", "rprop_minus", "irprop_plus", "irprop_minus"}
     assert set(CONFIGS) == {f"optimizer/{name}" for name in optimizers} | {
-        f"callbacks/{name}" for name in ("step_size_monitor", "full_batch")
+        f"callbacks/{name}" for name in ("step_size_monitor", "full_batch", "keep_best", "converged")
     }
     with pytest.raises(AttributeError, match="module 'lightning_rprop' has no attribute 'Rpropp'"):
         lightning_rprop.Rpropp  # noqa: B018
