@@ -28,7 +28,7 @@ class Convergence:
     - The gradient is small: no absolute entry is larger than ``tolerance_grad``.
     - The step sizes of Rprop are small: none is larger than ``tolerance_step``.
 
-    A NaN or infinite value never satisfies a criterion. The first two are those of :class:`torch.optim.LBFGS`, except
+    A NaN or infinite value never satisfies a criterion, and none holds while the loss is NaN or infinite. The first two are those of :class:`torch.optim.LBFGS`, except
     that LBFGS compares the absolute change of the loss, and has no patience.
 
     For parameters on the CPU the comparisons run on the host. Otherwise they run on the parameters' device, and an
@@ -178,7 +178,8 @@ class Convergence:
             # < inf is false for NaN and infinite losses
             changed_little = (change < math.inf) & ((change <= most * abs(now)) | (change <= most * abs(last)))
         small_grad, small_step = are_small(tensors, params, self.tolerance_grad, self.tolerance_step)
-        return now, _CHANGE * changed_little + _GRAD * small_grad + _STEP * small_step
+        is_finite = abs(now) < math.inf
+        return now, (_CHANGE * changed_little + _GRAD * small_grad + _STEP * small_step) * is_finite
 
 
 def is_rprop(optimizer: Any) -> bool:

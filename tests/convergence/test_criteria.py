@@ -32,6 +32,7 @@ BY_HAND = {
     "gradient of the first steps": ({"grad": 0.5}, [9, 5], [0, 0.5], 2),
     "gradient of NaN": ({"grad": 0.5}, [9, 5, 1, 2], [0.5, NAN, 0.5, 0.5], 4),
     "infinite gradient": ({"grad": 0.5}, [9, 5, 1], [INF, INF, INF], None),
+    "small gradient of a NaN loss": ({"grad": 0.5}, [9, NAN, 5, 1], [0, 0, 0, 0], 4),
     "no gradient": ({"grad": 0.5}, [9, 9, 9], [None, None, None], None),
     "one criterion, then the other": ({"change": 0.1, "grad": 0.5}, [9, 5, 5, 1], [1, 0.1, 1, 1], 3),
     "neither in between": ({"change": 0.1, "grad": 0.5}, [9, 9, 5, 5, 1], [1, 1, 1, 1, 0.1], 5),

@@ -22,13 +22,12 @@ def stop_step(losses, grads=(), step_sizes=(), change=None, grad=None, step=None
         before = losses[i - 1] if i else math.nan
         holds = [
             change is not None
-            and math.isfinite(loss)
             and math.isfinite(before)
             and abs(loss - before) <= change * max(abs(loss), abs(before)),
             grad is not None and grads[i] is not None and grads[i] <= grad,
             step is not None and step_sizes[i] is not None and step_sizes[i] <= step,
         ]
-        in_a_row = in_a_row + 1 if any(holds) else 0
+        in_a_row = in_a_row + 1 if any(holds) and math.isfinite(loss) else 0
         if in_a_row == patience:
             return i + 1
     return None
