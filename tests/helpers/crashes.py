@@ -16,10 +16,19 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from strategy_ranks import Begin, Fit, fully, loader, make_trainer, parameters
 
-from lightning_rprop import KeepBest, StepSizeMonitor
+from lightning_rprop import Converged, KeepBest, StepSizeMonitor
 
 STEPS, EVERY = 30, 4
+BAD = (6, 13, 14, 22)  # steps whose loss is NaN
 VARIANTS = ("irprop+", "irprop-")
+
+
+class BadLosses(Fit):
+    """Has a NaN loss in some steps, from which Rprop retreats."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if self.trainer.global_step in BAD else loss
 
 
 class AtStep(Callback):
@@ -72,16 +81,18 @@ def run_rank(strategy, callbacks=()):
         from lightning.pytorch.strategies import ModelParallelStrategy
 
         world = int(os.environ["WORLD_SIZE"])
-        module = Fit(fully, variants=VARIANTS)
+        module = BadLosses(fully, variants=VARIANTS)
         strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
     else:
-        module = Fit(variants=VARIANTS)
+        module = BadLosses(variants=VARIANTS)
     sharded = not isinstance(strategy, str)
     begin, end, keep = Begin(), End(), KeepBest()
-    callbacks = [StepSizeMonitor(silence=["no_logger"]), checkpoints(sharded), begin, keep, end, *callbacks]
+    monitor, converged = StepSizeMonitor(silence=["no_logger", "no_record"]), Converged(0.005, patience=5)
+    callbacks = [monitor, checkpoints(sharded), begin, keep, end, converged, *callbacks]
     trainer = make_trainer(strategy, STEPS, callbacks, enable_checkpointing=True)
     trainer.fit(module, loader(20), ckpt_path="last", weights_only=True)
-    best = parameters(trainer.strategy, module) | {"best": torch.tensor([keep.best_loss, keep.best_step])}
+    numbers = [keep.best_loss, keep.best_step, trainer.global_step, trainer.callback_metrics["step_size/retreats"]]
+    best = parameters(trainer.strategy, module) | {"numbers": torch.tensor(numbers)}
     seen = {"params": end.params, "best": best, "from": begin.step}
     torch.save(seen, f"end-{trainer.global_rank}.pt")
 
@@ -130,6 +141,7 @@ if __name__ == "__main__":
     run_rank("auto")  # undisturbed; it also imports everything before the forks
     truth = torch.load("end-0.pt")
     assert not same(truth["params"], {name: truth["best"][name] for name in truth["params"]})
+    assert truth["best"]["numbers"][2:].tolist() == [29, len(BAD)]  # Converged stops before the last step
 
     for i in range(count):
         folder = Path(f"{kind}-{i}").absolute()

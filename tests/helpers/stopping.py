@@ -21,9 +21,7 @@ def stop_step(losses, grads=(), step_sizes=(), change=None, grad=None, step=None
     for i, loss in enumerate(losses):
         before = losses[i - 1] if i else math.nan
         holds = [
-            change is not None
-            and math.isfinite(before)
-            and abs(loss - before) <= change * max(abs(loss), abs(before)),
+            change is not None and math.isfinite(before) and abs(loss - before) <= change * max(abs(loss), abs(before)),
             grad is not None and grads[i] is not None and grads[i] <= grad,
             step is not None and step_sizes[i] is not None and step_sizes[i] <= step,
         ]
