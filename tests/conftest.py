@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the environment of subprocesses and the handling of SIGINT; and the order of the tests."""
+"""Fixtures: the environment of subprocesses, SIGINT, a simulated accelerator; and the order of the tests."""
 
 import signal
 
@@ -27,3 +27,18 @@ def environment(tmp_path_factory):
 def pytest_collection_modifyitems(items):
     """Start with the file that has the longest test, so that no worker is left with it at the end."""
     items.sort(key=lambda item: item.path.name != "test_triton.py")
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Compare losses and gradients as on an accelerator, where nothing may be copied to the host."""
+    for module in ("best.weights", "convergence._small", "convergence.criteria"):
+        monkeypatch.setattr(f"lightning_rprop.{module}.is_on_host", lambda tensor: False)
+
+
+@pytest.fixture(params=["host", "device"])
+def place(request):
+    """Run a test on the host, and as on an accelerator."""
+    if request.param == "device":
+        request.getfixturevalue("on_device")
+    return request.param

@@ -176,7 +176,7 @@ class KeepBest(Callback):
     def _update(self, trainer: pl.Trainer, loss: Tensor) -> None:
         """Take the loss of an evaluation."""
         assert self._best is not None
-        self._best._update(self._sign * loss, trainer.global_step)
+        self._best._update(loss if self._sign > 0 else -loss, trainer.global_step)
 
     def _finish(self) -> None:
         """Restore the best weights, if any, and keep only their loss and step."""

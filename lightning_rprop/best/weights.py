@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_rprop._torch import buffer_dicts
 from lightning_rprop.optim._loss import is_number
-from lightning_rprop.optim._sharding import local, placed, reshard, stored, whole
+from lightning_rprop.optim._sharding import PLAIN, is_on_host, local, placed, reshard, stored, whole, wide_dtype
 
 # Where a tensor is: a dict, its key there, and the position of its copy. Tied tensors share one copy.
 _Slot: TypeAlias = tuple[dict[Any, Any], Any, int]
@@ -60,10 +60,12 @@ class BestWeights:
         self._homes: list[dict[Any, Tensor | None]] = []
         if self._module is None:
             self._homes = [dict(enumerate(_tensors_of(params_or_module)))]
+        self._found: list[Tensor | None] = []  # in the homes, when they were listed
+        self._listed: tuple[list[Tensor], list[_Slot]] = [], []
         self._find()
         if not any(self._homes):
             raise ValueError(f"BestWeights got no parameters in {params_or_module!r}. Pass a module or its parameters")
-        self._slots: list[_Slot] = []
+        self._slots: list[_Slot] = []  # of the kept tensors
         self._layouts: list[Any] = []
         self._kept: list[Tensor] = []
         self._loss: float | Tensor = math.inf
@@ -167,15 +169,18 @@ class BestWeights:
         self._loss, self._updates = state_dict["loss"], state_dict["updates"]
         self._step = -1 if state_dict["step"] is None else state_dict["step"]
 
-    @torch.inference_mode(False)  # in which the copies would be allocated as read-only
-    @torch.no_grad()
     def _update(self, loss: float | Tensor, step: int) -> None:
         """Copy the parameters if the loss is lower, and then report this step as the best."""
         now = _comparable(loss)
-        if isinstance(now, float) and not now < self._loss:
-            return
+        if not isinstance(now, float) or now < self._loss:
+            # in inference mode, the copies would be allocated as read-only
+            with torch.inference_mode(False), torch.set_grad_enabled(False):
+                self._copy(now, step)
+
+    def _copy(self, now: float | Tensor, step: int) -> None:
+        """Copy the parameters; if the loss is a tensor, only if it is lower."""
         tensors, slots = self._current()
-        shards = [local(tensor) for tensor in tensors]
+        shards = _shards(tensors)
         layouts = [*map(_layout, shards)]
         if layouts != self._layouts:
             if isinstance(now, Tensor) and self._kept:  # only one of two layouts can be kept
@@ -185,7 +190,7 @@ class BestWeights:
             self._kept = [torch.empty_like(tensor) for tensor in tensors]
             self._layouts = layouts
         self._slots = slots
-        copies = [local(tensor) for tensor in self._kept]
+        copies = _shards(self._kept)
         if isinstance(now, float):
             torch._foreach_copy_(copies, shards)
             self._loss, self._step = now, step
@@ -203,9 +208,13 @@ class BestWeights:
             reshard(self._module)
             params: dict[Any, Tensor | None] = dict(enumerate(self._module.parameters()))
             self._homes = [params, *buffer_dicts(self._module)]
+            self._found = []
 
     def _current(self) -> tuple[list[Tensor], list[_Slot]]:
         """Return the tensors as they are now, tied ones once, and where they are."""
+        found = [tensor for home in self._homes for tensor in home.values()]
+        if len(found) == len(self._found) and all(map(operator.is_, found, self._found)):
+            return self._listed
         tensors: list[Tensor] = []
         slots: list[_Slot] = []
         positions: dict[int, int] = {}
@@ -218,7 +227,10 @@ class BestWeights:
                     positions[id(tensor)] = len(tensors)
                     tensors.append(tensor)
                 slots.append((home, name, positions[id(tensor)]))
-        return tensors, slots
+        # a lazy parameter keeps its identity when it is initialized, and DeepSpeed replaces slices
+        is_final = all(tensor is None or (type(tensor) in PLAIN and stored(tensor) is tensor) for tensor in found)
+        self._found, self._listed = found if is_final else [], (tensors, slots)
+        return self._listed
 
 
 def _tensors_of(params: Any) -> Iterator[Tensor]:
@@ -242,17 +254,15 @@ def _tensors_of(params: Any) -> Iterator[Tensor]:
         yield tensor
 
 
+def _shards(tensors: list[Tensor]) -> list[Tensor]:
+    return tensors if PLAIN.issuperset(map(type, tensors)) else [local(tensor) for tensor in tensors]
+
+
 def _comparable(loss: float | Tensor) -> float | Tensor:
     """Return the loss as a number if the host has it, else as a tensor that holds it exactly."""
     if not is_number(loss):
         raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}. Reduce it to one number")
     if not isinstance(loss, Tensor):
         return float(loss)
-    value: Tensor = whole(loss).reshape(())
-    if _is_on_host(value):
-        return float(value)
-    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)  # MPS has no float64
-
-
-def _is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+    value: Tensor = whole(loss)
+    return float(value.item()) if is_on_host(value) else value.reshape(()).to(wide_dtype(value.device))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from lightning_rprop.optim._sharding import aligned, as_real, is_sharded, is_slice, local
+from lightning_rprop.optim._sharding import aligned, as_real, is_on_host, is_sharded, is_slice, local, wide_dtype
 
 # How large the values of a process are; the largest of all processes counts.
 _ABSENT, _SMALL, _LARGE = 0, 1, 2
@@ -34,6 +34,7 @@ def are_small(
         entries, or if one is NaN.
     """
     grads = [] if tolerance_grad is None else [aligned(p.grad, p) for p in params if p.grad is not None]
+    grads.sort(key=Tensor.numel)  # nearly always the smallest one shows that the gradient is large
     step_sizes = [] if tolerance_step is None else _step_sizes(params, optimizer)
     on_host = is_on_host(params[0])
     level = _level if on_host else partial(_level_on_device, params[0].device)
@@ -48,16 +49,6 @@ def are_small(
             dist.all_reduce(joined, dist.ReduceOp.MAX, group)
         levels = joined.tolist() if on_host else [*joined]
     return levels[0] == _SMALL, levels[1] == _SMALL
-
-
-def is_on_host(tensor: Tensor) -> bool:
-    """Return whether the host can read a tensor without waiting for an accelerator."""
-    return tensor.device.type == "cpu"
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype for comparisons on the tensor's device."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def _step_sizes(params: Sequence[Tensor], optimizer: Any) -> list[Tensor]:
@@ -90,7 +81,7 @@ def _level_on_device(device: torch.device, tensors: Iterator[Tensor], tolerance:
     parts = [*tensors]
     if not parts:
         return torch.full((), _ABSENT, device=device)
-    largest = get_total_norm(parts, math.inf).to(device, wide_dtype(parts[0]))
+    largest = get_total_norm(parts, math.inf).to(device, wide_dtype(parts[0].device))
     return torch.where(largest <= tolerance, _SMALL, _LARGE)
 
 

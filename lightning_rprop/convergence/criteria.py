@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rprop.convergence._small import are_small, is_on_host, wide_dtype
+from lightning_rprop.convergence._small import are_small
 from lightning_rprop.optim._loss import is_number
-from lightning_rprop.optim._sharding import whole
+from lightning_rprop.optim._sharding import is_on_host, whole, wide_dtype
 
 # The criteria, as bits.
 _CHANGE, _GRAD, _STEP = 1, 2, 4
@@ -28,8 +28,9 @@ class Convergence:
     - The gradient is small: no absolute entry is larger than ``tolerance_grad``.
     - The step sizes of Rprop are small: none is larger than ``tolerance_step``.
 
-    A NaN or infinite value never satisfies a criterion, and none holds while the loss is NaN or infinite. The first two are those of :class:`torch.optim.LBFGS`, except
-    that LBFGS compares the absolute change of the loss, and has no patience.
+    A NaN or infinite value never satisfies a criterion, and none holds while the loss is NaN or infinite. The first two
+    are those of :class:`torch.optim.LBFGS`, except that LBFGS compares the absolute change of the loss, and has no
+    patience.
 
     For parameters on the CPU the comparisons run on the host. Otherwise they run on the parameters' device, and an
     update copies one number to the host.
@@ -216,8 +217,8 @@ def _number(loss: Any, param: Tensor) -> Any:
     if is_on_host(param):
         return float(value)
     if isinstance(value, Tensor):
-        return value.reshape(()).to(param.device, wide_dtype(param))
-    return torch.full((), value, dtype=wide_dtype(param), device=param.device)
+        return value.reshape(()).to(param.device, wide_dtype(param.device))
+    return torch.full((), value, dtype=wide_dtype(param.device), device=param.device)
 
 
 def _tensors(params: Any) -> list[Tensor]:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_rprop.optim._sharding import is_on_host, wide_dtype
+
 Array = np.ndarray[Any, Any]
 
 # The rows of a table.
@@ -42,7 +44,7 @@ class Gradients(NamedTuple):
 
 def empty_table(n: int, device: torch.device) -> Tensor:
     """Return a table of ``n`` empty columns, shape ``(15, n)``; ``STEP_SIZES`` and ``GRADIENTS`` select its rows."""
-    return torch.tensor(_EMPTY, dtype=_wide_dtype(device), device=device).unsqueeze(1).repeat(1, n)
+    return torch.tensor(_EMPTY, dtype=wide_dtype(device), device=device).unsqueeze(1).repeat(1, n)
 
 
 def step_size_table(
@@ -79,7 +81,7 @@ def gradient_table(gradients: Gradients) -> Tensor:
         changed signs, of entries with two signs to compare, and of zero and nonfinite entries before weight decay.
     """
     counts = _stacked([_counts(*each) for each in zip(*gradients, strict=True)])
-    changed, kept, nonzero, nonfinite = counts.to(_wide_dtype(counts.device))
+    changed, kept, nonzero, nonfinite = counts.to(wide_dtype(counts.device))
     entries = changed.new_tensor([grad.numel() for grad in gradients.grads])
     return torch.stack([entries, changed, changed + kept, entries - nonzero, nonfinite])
 
@@ -153,11 +155,11 @@ def quantiles(step_sizes: Sequence[Tensor], levels: Sequence[float]) -> Tensor:
     elements = _joined(step_sizes)
     places = [level * (elements.numel() - 1) for level in levels]
     indices = [math.floor(place) for place in places] + [math.ceil(place) for place in places]
-    if _is_on_host(elements):
+    if is_on_host(elements):
         found = torch.from_numpy(np.partition(elements.numpy(), indices)[indices])
     else:
         found = elements.sort().values[indices]  # kthvalue() works on one multiprocessor of a GPU
-    below, above = found.to(_wide_dtype(found.device)).chunk(2)
+    below, above = found.to(wide_dtype(found.device)).chunk(2)
     return below + (above - below) * below.new_tensor([place % 1 for place in places])
 
 
@@ -224,7 +226,7 @@ def histogram(step_sizes: Sequence[Tensor], low: float, high: float, bins: int) 
 
 def _sums(tensor: Tensor, lower: float, upper: float) -> Tensor:
     """Return sum, number at each bound, minimum and maximum of a tensor."""
-    dtype = _wide_dtype(tensor.device)
+    dtype = wide_dtype(tensor.device)
     if not tensor.numel():
         return tensor.new_tensor([0, 0, 0, torch.inf, -torch.inf], dtype=dtype)
     at_lower, at_upper = torch.count_nonzero(tensor <= lower), torch.count_nonzero(tensor >= upper)
@@ -260,11 +262,3 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """Return all elements as one vector, in a dtype that can be sorted and has logarithms."""
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     return torch.cat([tensor.detach().flatten().to(tensors[0].device, dtype) for tensor in tensors])
-
-
-def _is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
-
-
-def _wide_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

@@ -1,4 +1,4 @@
-"""How tensors are stored: plain memory, or shards on several processes, each of which updates only its own shard."""
+"""How tensors are stored: on which device, in plain memory or as shards on several processes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def is_slice(param: Any) -> bool:
     return hasattr(param, FSDP_MARK)
 
 
-@torch.no_grad()  # so that the shard is not a copy tracked by autograd
 def local(tensor: Any) -> Any:
     """Return the local shard of a DTensor; other tensors are returned unchanged."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():  # so that the shard is not a copy tracked by autograd
+        return tensor.to_local()
 
 
 def whole(tensor: Any) -> Any:
@@ -73,6 +75,16 @@ def placed(value: Tensor, param: Tensor) -> Tensor:
 
         return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)  # type: ignore[attr-defined]
     return value
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Return whether the host can read a tensor without waiting for an accelerator."""
+    return tensor.device.type == "cpu"
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the most precise floating-point dtype of a device."""
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def as_real(tensor: Tensor) -> Tensor:

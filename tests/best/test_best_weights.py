@@ -37,7 +37,7 @@ def test_lowest_loss_wins_in_any_dtype(dtype, place):
 
 
 def test_updates_do_not_synchronize(monkeypatch):
-    monkeypatch.setattr(weights, "_is_on_host", lambda tensor: False)
+    monkeypatch.setattr(weights, "is_on_host", lambda tensor: False)
     params = dense_parameters(torch.float32)
     best = BestWeights(params)
     with NoSync():
@@ -58,7 +58,7 @@ def test_host_and_device_losses_mix(is_first_on_host, monkeypatch):
     best = BestWeights(params)
     seen = []
     for i, loss in enumerate([3.0, 2.5, 2.0, 2.75, 2.25]):
-        monkeypatch.setattr(weights, "_is_on_host", lambda tensor, i=i: (i % 2 == 0) is is_first_on_host)
+        monkeypatch.setattr(weights, "is_on_host", lambda tensor, i=i: (i % 2 == 0) is is_first_on_host)
         seen += walk(best, params, [loss])
     best.restore()
     assert (best.loss, best.step) == (2.0, 2)

@@ -66,8 +66,8 @@ def plain(rank, world):
     net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))
     fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
     seen = []
-    for is_on_host in (True, False):
-        weights._is_on_host = lambda tensor, is_on_host=is_on_host: is_on_host
+    for on_host in (True, False):
+        weights.is_on_host = lambda tensor, on_host=on_host: on_host
         best = BestWeights(net)  # the second one finds the whole parameters that an evaluation has left
         for value, loss in ((1.0, 3.0), (2.0, 1.0), (3.0, 2.0)):
             with torch.no_grad():

@@ -28,7 +28,7 @@ GRADS = [*itertools.product((0.0, -0.0, TINY, -TINY, 1.0, -2.0, inf, -inf, nan),
 def path(request, monkeypatch):
     """Select order statistics with NumPy, as on the CPU, or with torch, as on accelerators."""
     if request.param == "torch":
-        monkeypatch.setattr(statistics, "_is_on_host", lambda tensor: False)
+        monkeypatch.setattr(statistics, "is_on_host", lambda tensor: False)
 
 
 def made(*shape, seed=0, dtype=torch.float32):
@@ -234,7 +234,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("gathers", [False, True])
 def test_record_needs_one_transfer(gathers, monkeypatch):
     """All statistics of all parameters, computed as on an accelerator."""
-    monkeypatch.setattr(statistics, "_is_on_host", lambda tensor: False)
+    monkeypatch.setattr(statistics, "is_on_host", lambda tensor: False)
     _, rows = net(weight_decay=0.1)
     names = (*STATISTICS, "q10", "q90")
     plan = Plan(names, True, frozenset(row.name for row in rows), True)
