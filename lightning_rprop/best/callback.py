@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -98,7 +97,7 @@ class KeepBest(Callback):
         """Start to listen to the evaluations."""
         self._start(trainer, pl_module)
         (full_batch,) = (c for c in trainer.callbacks if is_called(c, "FullBatch"))  # type: ignore[attr-defined]
-        full_batch._listen(partial(self._update, trainer))
+        full_batch._listen(self._update)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find parameters and submodules that have joined."""
@@ -173,10 +172,10 @@ class KeepBest(Callback):
             self._best.load_state_dict(self._restored)
             self._restored = None
 
-    def _update(self, trainer: pl.Trainer, loss: Tensor) -> None:
+    def _update(self, loss: Tensor, step: int) -> None:
         """Take the loss of an evaluation."""
         assert self._best is not None
-        self._best._update(loss if self._sign > 0 else -loss, trainer.global_step)
+        self._best._update(loss if self._sign > 0 else -loss, step)
 
     def _finish(self) -> None:
         """Restore the best weights, if any, and keep only their loss and step."""

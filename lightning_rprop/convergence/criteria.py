@@ -172,7 +172,8 @@ class Convergence:
     def _compare(self, before: float | Tensor, loss: float | Tensor, params: Any) -> tuple[Any, Any]:
         """Return the loss, and the criteria that hold now; both are tensors if the parameters are on an accelerator."""
         tensors = _tensors(params)
-        last, now = _number(before, tensors[0]), _number(loss, tensors[0])
+        now = _number(loss, tensors[0])
+        last = before if type(before) is type(now) else _number(before, tensors[0])
         changed_little = False
         if self.tolerance_change is not None:
             change, most = abs(now - last), self.tolerance_change

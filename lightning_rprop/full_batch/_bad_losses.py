@@ -34,11 +34,12 @@ class BadLosses:
         self._unread: list[tuple[int, set[bool], Any]] = []  # step, values of maximize, loss
         self._in_a_row = 0
 
-    def check(self, loss: Tensor, groups: list[dict[str, Any]]) -> None:
+    def check(self, loss: Tensor, step: int, groups: list[dict[str, Any]]) -> None:
         """Check the loss of an evaluation.
 
         Args:
             loss: The loss, the same on every rank.
+            step: The number of optimizer steps before.
             groups: The optimizer's parameter groups.
 
         Raises:
@@ -55,7 +56,7 @@ class BadLosses:
         scaler = self._evaluation.scaler
         is_read = loss.is_cpu or scaler is not None  # a GradScaler reads from the device in each step anyway
         value = loss.item() if is_read else loss.clone()  # a graph may reuse the memory
-        self._unread.append((self._trainer.global_step, maximize, value))
+        self._unread.append((step, maximize, value))
         if (is_read or len(self._unread) == _EVERY) and self.read() and scaler is not None:
             self._evaluation.zero_gradients()  # else the scaler would skip the step that retreats
 

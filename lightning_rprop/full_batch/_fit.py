@@ -32,7 +32,7 @@ class Fit:
         self.evaluation = evaluation
         self.bad_losses = BadLosses(evaluation)
         self.interrupts = Interrupts()
-        self.listeners: list[Callable[[Tensor], None]] = []  # called with the loss of each evaluation, before the move
+        self.listeners: list[Callable[[Tensor, int], None]] = []  # see FullBatch._listen
         self._trainer = evaluation.trainer
         self._log_as = log_as
         self._buffers = Buffers(evaluation.pl_module)
@@ -81,10 +81,11 @@ class Fit:
             self._has_evaluated = True
             if not self.evaluation.is_single:
                 warn_of_micro_batches(self.evaluation.pl_module)
-        self.bad_losses.check(loss, self._optimizer.param_groups)
+        assert self._step is not None
+        self.bad_losses.check(loss, self._step, self._optimizer.param_groups)
         self.interrupts.hold()
         for listener in self.listeners:
-            listener(loss)
+            listener(loss, self._step)
         if self._loss is None:
             self._loss = loss
         return loss, extra

@@ -207,8 +207,12 @@ class FullBatch(Callback):
         self._close()
         self.__dict__ = self.__getstate__()
 
-    def _listen(self, listener: Callable[[Tensor], None]) -> None:
-        """Call ``listener(loss)`` after each evaluation of this fit, while the weights are still those of the loss."""
+    def _listen(self, listener: Callable[[Tensor, int], None]) -> None:
+        """Call a function after each evaluation of this fit, while the weights are still those of the loss.
+
+        Args:
+            listener: Takes the loss and the number of optimizer steps before.
+        """
         if self._fit is not None:
             self._fit.listeners.append(listener)
 

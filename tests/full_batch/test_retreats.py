@@ -129,13 +129,13 @@ class Elsewhere(torch.Tensor):
 
 def watch(losses, **options):
     """Check losses as on an accelerator, and return how many are unread after each."""
-    trainer = SimpleNamespace(global_step=0, world_size=1, strategy=SimpleNamespace(broadcast=lambda value, src: value))
+    trainer = SimpleNamespace(world_size=1, strategy=SimpleNamespace(broadcast=lambda value, src: value))
     evaluation = SimpleNamespace(trainer=trainer, pl_module=Domain(), inputs=lambda: iter(()), scaler=None)
     vars(evaluation).update(options)
     bad_losses, optimizer = BadLosses(evaluation), Rprop([torch.nn.Parameter(torch.zeros(1))])
     unread = []
-    for trainer.global_step, loss in enumerate(losses):
-        bad_losses.check(torch.tensor(loss).as_subclass(Elsewhere), optimizer.param_groups)
+    for step, loss in enumerate(losses):
+        bad_losses.check(torch.tensor(loss).as_subclass(Elsewhere), step, optimizer.param_groups)
         unread.append(len(bad_losses._unread))
     bad_losses.read()
     return unread
