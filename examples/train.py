@@ -70,7 +70,7 @@ def main(cfg: DictConfig) -> float:
             "checkpoint": checkpoint or "none",
             "picture": picture or "none (no step sizes)",
         }
-        print("\n".join(f"{name:<18} {value}" for name, value in rows.items()))
+        print("\n".join(f"{name:<20} {value}" for name, value in rows.items()))
     return held_out
 
 

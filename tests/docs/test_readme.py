@@ -1,4 +1,4 @@
-"""Every snippet and every command of the README runs."""
+"""Every snippet and every command of the README and of docs/robust_fits.md runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+TEXT = "".join((ROOT / page).read_text() for page in ("README.md", "docs/robust_fits.md"))
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 SNIPPETS = {re.match(r"# (\w+\.py)\n", text)[1]: text for language, text in BLOCKS if language == "python"}
-COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+COMMANDS = dict.fromkeys(line for language, text in BLOCKS if language == "bash" for line in text.splitlines())
 
 # These install first: .ci/run runs the whole lines, and test_app.py runs examples/train.py.
 INSTALLING = {
@@ -24,6 +25,7 @@ INSTALLING = {
 }
 # test_examples.py runs shorter forms of these.
 LONG = {
+    "python examples/gaussian_process.py",
     "python examples/pinn.py",
     *(f"python -m benchmarks.{name}" for name in ("budget", "precision", "step", "traffic", "variants")),
 }
@@ -58,6 +60,7 @@ CASES = (
     Case(r"cli\.py.*help", ("--optimizer.etas", "(?i)initial step size")),
     Case(r"cli\.py", files={"lightning_logs/version_0/config.yaml": rb"(?s).*class_path: lightning_rprop\.Rprop"}),
     Case(r"benchmarks\.monitor", (r"^\| digits\b.*\d.* \|$",), change={"$": " --seconds 0.1 --only digits"}),
+    Case(r"benchmarks\.robust", (r"^\| digits \| \d",), change={"$": " --seconds 0.1 --only digits"}),
     Case(
         r"benchmarks\.full_batch",
         (r"\| max_iter=1, N = 32 \|", r"\| activations, 16 micro-batches \|"),
@@ -97,10 +100,10 @@ def folder(tmp_path):
 
 def test_every_block_is_tested():
     assert {language for language, _ in BLOCKS} == {"python", "bash"}
-    tested_here = {"plain.py", "fit.py", "large.py", "take_over.py"}
+    tested_here = {"plain.py", "fit.py", "large.py", "take_over.py", "robust.py", "robust_lightning.py"}
     run_by_commands = {"watch.py", "sweep.py", "app.py", "cli.py"}
     assert set(SNIPPETS) == tested_here | run_by_commands
-    assert set(COMMANDS) >= INSTALLING | LONG
+    assert COMMANDS.keys() >= INSTALLING | LONG
     used = [find_case(command) for command in TESTED]
     assert [case for case in CASES if case not in used] == []
 
@@ -126,6 +129,18 @@ def test_lightning_snippet_trains_and_logs(folder):
 def test_large_snippet_reaches_low_loss(folder):
     (loss,) = re.findall(r"tensor\(([\d.e-]+)", run_seeded("large.py", folder).strip().splitlines()[-1])
     assert float(loss) < 1e-3
+
+
+def test_robust_loop_retreats_and_converges(folder):
+    last = run("python robust.py", folder).strip().splitlines()[-1]
+    assert re.match(r"loss 2\.0000000\d+ at step \d+, [1-9] retreats: the loss changed by at most 1e-12 ", last), last
+
+
+def test_robust_fit_ends_with_best_weights(folder):
+    last = run_seeded("robust_lightning.py", folder).strip().splitlines()[-1]
+    loss, reason = re.match(r"best loss (\S+) after \d+ steps: (.*)$", last).groups()
+    assert float(loss) < 2e-2
+    assert reason.startswith("the loss changed by at most 0.0001 of itself for 10 steps in a row, up to step ")
 
 
 @pytest.mark.parametrize("command", TESTED)

@@ -17,26 +17,32 @@ sys.meta_path.insert(0, Hide())
 """
 
 
-@pytest.mark.parametrize("name", ["FullBatch", "StepSizeMonitor", "hydra_ddp"])
+@pytest.mark.parametrize("name", ["Converged", "FullBatch", "KeepBest", "StepSizeMonitor", "hydra_ddp"])
 def test_missing_lightning_error_says_so(name, tmp_path):
     error = run(tmp_path, "-c", f"{HIDE}\nfrom lightning_rprop import {name}", fails=True)
     assert error.splitlines()[-1] == (
         f"ModuleNotFoundError: lightning_rprop.{name} needs Lightning, which is not installed: pip install lightning. "
-        "Rprop and the Hydra configs work without it."
+        "Rprop, BestWeights, Convergence and the Hydra configs work without it."
     )
 
 
-def test_rprop_and_configs_work_without_lightning(tmp_path):
+def test_plain_loops_work_without_lightning(tmp_path):
     code = """
 import torch
 from hydra.utils import instantiate
-from lightning_rprop import FullBatchConf, Rprop, RpropConf, StepSizeMonitorConf
+from lightning_rprop import BestWeights, Convergence, FullBatchConf, Rprop, RpropConf, StepSizeMonitorConf
+from lightning_rprop.best import BestWeights as same
 weight = torch.nn.Parameter(torch.ones(2))
 weight.grad = torch.ones(2)
 optimizer = instantiate(RpropConf(lr=0.25))([weight])
 optimizer.step()
 assert isinstance(optimizer, Rprop)
 assert torch.equal(weight, torch.full((2,), 0.75))
+best, convergence = BestWeights([weight]), Convergence(patience=1)
+best.update(1.0)
+assert convergence.update(1.0, optimizer) is False
+assert convergence.update(1.0, optimizer) is True
+assert same is BestWeights
 """
     run(tmp_path, "-c", HIDE + code)
 
