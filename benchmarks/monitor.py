@@ -107,13 +107,13 @@ class Timed(StepSizeMonitor):
         self.inside += seconds
 
 
-def fit(model: pl.LightningModule, data: Any, callbacks: list[pl.Callback], folder: str) -> None:
-    """Train with FullBatch as the examples do, without validation, checkpoints and console output."""
+def fit(model: pl.LightningModule, data: Any, monitor: Timed, folder: str) -> None:
+    """Train with the monitor as the examples do, without validation, checkpoints and console output."""
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=-1,
-        callbacks=[FullBatch(log_as="loss"), *callbacks],
+        callbacks=[FullBatch(log_as="loss"), monitor],
         logger=CSVLogger(folder),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -125,23 +125,20 @@ def fit(model: pl.LightningModule, data: Any, callbacks: list[pl.Callback], fold
         trainer.fit(model, data)
 
 
-def digits(callbacks: list[pl.Callback], folder: str) -> None:
+def digits(monitor: Timed, folder: str) -> None:
     """Train as examples/train.py does."""
     data = TabularData("digits", 0.15, 0.2, 0, steps_per_epoch=10)
     optimizer = partial(Rprop, lr=1e-3, weight_decay=1e-4)
-    fit(MLP(data.in_features, data.out_features, data.task, optimizer, [64]), data, callbacks, folder)
+    fit(MLP(data.in_features, data.out_features, data.task, optimizer, [64]), data, monitor, folder)
 
 
-def pinn(callbacks: list[pl.Callback], folder: str) -> None:
+def pinn(monitor: Timed, folder: str) -> None:
     """Train as examples/pinn.py does."""
     optimizer = partial(Rprop, lr=1e-3, max_iter=10)
-    fit(Poisson(optimizer), FullBatchLoader(grid(32), steps_per_epoch=100), callbacks, folder)
+    fit(Poisson(optimizer), FullBatchLoader(grid(32), steps_per_epoch=100), monitor, folder)
 
 
-EXAMPLES: dict[str, tuple[Callable[[list[pl.Callback], str], None], float]] = {
-    "digits": (digits, 0.02),
-    "pinn": (pinn, 0.01),
-}
+EXAMPLES: dict[str, tuple[Callable[[Timed, str], None], float]] = {"digits": (digits, 0.02), "pinn": (pinn, 0.01)}
 
 
 def example_lines(names: list[str], seconds: float) -> list[Line]:
@@ -151,7 +148,7 @@ def example_lines(names: list[str], seconds: float) -> list[Line]:
         for name in names:
             monitor = Timed(seconds / ROUNDS)
             with tempfile.TemporaryDirectory() as folder:
-                EXAMPLES[name][0]([monitor], folder)
+                EXAMPLES[name][0](monitor, folder)
             found[name] += monitor.intervals
     lines = []
     for name, intervals in found.items():

@@ -1,7 +1,7 @@
 """What robust fits cost: KeepBest and Converged in a step of examples/train.py, and retreat in an optimizer step.
 
-"digits" trains the network of examples/train.py with and without the callbacks, in short runs that alternate. The loss
-falls in most of these steps, so KeepBest copies the weights in most of them. The figures are medians over all steps.
+"digits" runs the training of examples/train.py with and without the callbacks, alternating. The figures are medians
+over all steps. The loss falls in most of them, so KeepBest copies the weights.
 
 The other lines compare ``Rprop.step(loss=loss)`` with ``retreat=True`` and ``False``, on a small network and on
 ResNet-50's 25.6 million weights; the calls alternate, and the figures are medians.
@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -27,13 +28,17 @@ from typing import Any, NamedTuple
 import lightning
 import lightning.pytorch as pl
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch import nn
 
-from benchmarks.monitor import digits
 from benchmarks.step import machine, resnet50
-from lightning_rprop import Converged, KeepBest, Rprop
+from lightning_rprop import Rprop
 
-STEPS = 200  # of a run of "digits"
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # for the configs
+
+CONF = Path(__file__).parents[1] / "conf"
+OURS = ("keep_best", "converged")
 SMALL = [(64, 64), (64,), (10, 64), (10,)]  # the parameters of "digits"
 LIMITS = {"digits": 1.05}
 
@@ -47,19 +52,36 @@ class Line(NamedTuple):
 
 
 class Clock(pl.Callback):
-    """Measures the time from step to step, and ends the run."""
+    """Measures the time from step to step within each epoch."""
 
     def __init__(self) -> None:
-        self.starts: list[float] = []
+        self.epochs: list[list[float]] = []
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_epoch_start(self, *args: Any) -> None:
+        """Begin an epoch."""
+        self.epochs.append([])
+
+    def on_train_batch_start(self, *args: Any) -> None:
         """Take the time."""
-        self.starts.append(time.perf_counter())
-        trainer.should_stop = len(self.starts) > STEPS
+        self.epochs[-1].append(time.perf_counter())
 
     def steps(self) -> list[float]:
-        """Return the milliseconds of each step; the first ones warm up."""
-        return [1e3 * (end - start) for start, end in pairwise(self.starts[10:])]
+        """Return the milliseconds of each step but those of the first epoch, which warms up."""
+        return [1e3 * (end - start) for starts in self.epochs[1:] for start, end in pairwise(starts)]
+
+
+def train_digits(overrides: list[str]) -> list[float]:
+    """Train as examples/train.py does, and return the milliseconds of each step."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [f"output_dir={folder}", *overrides])
+        data = instantiate(cfg.data)
+        of_data = {name: getattr(data, name) for name in ("in_features", "out_features", "task")}
+        model = instantiate(cfg.model, **of_data, optimizer=instantiate(cfg.optimizer))
+        callbacks = [clock, *map(instantiate, cfg.callbacks.values())]
+        logger = [instantiate(each) for each in cfg.logger.values()]
+        instantiate(cfg.trainer, callbacks=callbacks, logger=logger).fit(model, datamodule=data)
+    return clock.steps()
 
 
 def callbacks_line(seconds: float) -> Line:
@@ -67,11 +89,8 @@ def callbacks_line(seconds: float) -> Line:
     found: tuple[list[float], list[float]] = ([], [])
     start = time.perf_counter()
     while not found[1] or time.perf_counter() - start < seconds:
-        for times, callbacks in zip(found, ([KeepBest(), Converged()], []), strict=True):
-            clock = Clock()
-            with tempfile.TemporaryDirectory() as folder:
-                digits([clock, *callbacks], folder)
-            times += clock.steps()
+        for times, removed in zip(found, ([], [f"~callbacks.{name}" for name in OURS]), strict=True):
+            times += train_digits(removed)
     return Line("digits", *map(statistics.median, found))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,18 +25,14 @@ def is_logged(trainer: pl.Trainer, name: str) -> bool:
     return False
 
 
-def update_logged(trainer: pl.Trainer, hook: str, name: str, value: Tensor) -> bool:
-    """Replace the value of a step that this hook logged earlier in the epoch; ``self.log`` takes 0.2 ms each time.
+def replace_logged(trainer: pl.Trainer, hook: str, name: str) -> Callable[[Tensor], None]:
+    """Return a function that replaces a value that a hook has logged with ``on_step``, until the end of the epoch.
 
-    Returns:
-        Whether it was logged in this epoch; otherwise nothing changes.
+    ``self.log`` takes 0.2 ms each time.
     """
     results = trainer._results
-    metric = results.get(f"{hook}.{name}") if results else None
-    if metric is None or metric.has_reset:
-        return False
-    metric._forward_cache = value
-    return True
+    assert results is not None
+    return partial(setattr, results[f"{hook}.{name}"], "_forward_cache")
 
 
 class StepLogs:

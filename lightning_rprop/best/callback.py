@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_rprop._lightning import innermost, is_called
-from lightning_rprop._lightning_logs import update_logged
+from lightning_rprop._lightning_logs import replace_logged
 from lightning_rprop.best.weights import BestWeights
 from lightning_rprop.optim._sharding import is_slice
 
@@ -65,6 +66,7 @@ class KeepBest(Callback):
         self._best: BestWeights | None = None  # during a fit
         self._found: tuple[float, int | None] = math.inf, None  # after it
         self._sign = 1  # of the loss that is minimized
+        self._replace: Callable[[Tensor], None] | None = None  # the logged value, once it was logged in this epoch
         self._restored: dict[str, Any] | None = None
 
     @property
@@ -101,18 +103,22 @@ class KeepBest(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find parameters and submodules that have joined."""
+        self._replace = None
         if self._best is not None:
             self._best._find()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Log the best loss; here, because on_train_batch_end of this callback comes after that of ModelCheckpoint."""
-        if self._best is not None:
+        """Log the best loss once per epoch; :meth:`_update` replaces the value.
+
+        Not in on_train_batch_end, because that of this callback comes after that of ModelCheckpoint.
+        """
+        if self._best is not None and self._replace is None:
             loss = self._sign * self._best._loss
             value = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
-            if not update_logged(trainer, "on_before_optimizer_step", "best/loss", value):
-                pl_module.log("best/loss", value, on_step=True, on_epoch=False, batch_size=1)
+            pl_module.log("best/loss", value, on_step=True, on_epoch=False, batch_size=1)
+            self._replace = replace_logged(trainer, "on_before_optimizer_step", "best/loss")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the best weights."""
@@ -150,7 +156,7 @@ class KeepBest(Callback):
         found = self._found if self._best is None else (self._best.loss, self._best.step)
         # Lightning sets these two on every callback, bound to the module
         kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return kept | {"_best": None, "_found": found, "_restored": None}
+        return kept | {"_best": None, "_found": found, "_replace": None, "_restored": None}
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with no best weights, or with those of the checkpoint."""
@@ -175,7 +181,11 @@ class KeepBest(Callback):
     def _update(self, loss: Tensor, step: int) -> None:
         """Take the loss of an evaluation."""
         assert self._best is not None
+        before = self._best._loss
         self._best._update(loss if self._sign > 0 else -loss, step)
+        now = self._best._loss
+        if self._replace is not None and now is not before:
+            self._replace(self._sign * now if isinstance(now, Tensor) else loss)
 
     def _finish(self) -> None:
         """Restore the best weights, if any, and keep only their loss and step."""

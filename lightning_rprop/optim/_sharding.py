@@ -79,7 +79,7 @@ def placed(value: Tensor, param: Tensor) -> Tensor:
 
 def is_on_host(tensor: Tensor) -> bool:
     """Return whether the host can read a tensor without waiting for an accelerator."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
