@@ -24,6 +24,13 @@ def is_local(shared_loss: bool) -> bool:
     return not shared_loss and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_surely_finite(loss: float | Tensor) -> bool:
+    """Return whether the host knows that a loss is finite."""
+    if isinstance(loss, Tensor):
+        return _is_known(loss) and math.isfinite(loss.item())
+    return not torch.compiler.is_compiling() and math.isfinite(loss)
+
+
 def is_bad(loss: float | Tensor, maximize: bool) -> bool | Tensor:
     """Return whether a loss is NaN, or infinite in the bad direction.
 

@@ -30,7 +30,7 @@ from lightning_rprop.optim._checks import (
 from lightning_rprop.optim._closure import evaluate_checked
 from lightning_rprop.optim._compiled import prepare_compiled
 from lightning_rprop.optim._dispatch import check_fused, check_parameter, prepare
-from lightning_rprop.optim._loss import is_bad, is_local, is_number
+from lightning_rprop.optim._loss import is_bad, is_local, is_number, is_surely_finite
 from lightning_rprop.optim._rule import AT_FLIP, Rule, Variant, on_device
 from lightning_rprop.optim._scratch import Scratch
 from lightning_rprop.optim._sharding import local, placed, whole
@@ -389,7 +389,8 @@ class Rprop(Optimizer):
 
     def _judge(self, loss: float | Tensor | None) -> tuple[list[bool | Tensor], list[bool | Tensor]]:
         """Return for each group whether it takes back its last move, and the distinct flags that may be true."""
-        if loss is None or not is_number(loss):  # without retreat=True, a closure may return anything
+        # without retreat=True, a closure may return anything
+        if loss is None or not is_number(loss) or is_surely_finite(loss):
             return [False] * len(self.param_groups), []
         by_default = not is_local(self.shared_loss)
         flags: list[bool | Tensor] = []
