@@ -27,8 +27,8 @@ def is_local(shared_loss: bool) -> bool:
 def is_surely_finite(loss: float | Tensor) -> bool:
     """Return whether the host knows that a loss is finite."""
     if isinstance(loss, Tensor):
-        return _is_known(loss) and math.isfinite(loss.item())
-    return not torch.compiler.is_compiling() and math.isfinite(loss)
+        return _is_known(loss) and -math.inf < loss.item() < math.inf
+    return not torch.compiler.is_compiling() and -math.inf < loss < math.inf
 
 
 def is_bad(loss: float | Tensor, maximize: bool) -> bool | Tensor:

@@ -180,7 +180,7 @@ class Skipping(Regression):
         return super().training_step(batch, batch_idx).float()
 
 
-def test_steps_skipped_by_grad_scaler_do_not_count(tmp_path):
+def test_steps_skipped_by_scaler_do_not_count(tmp_path):
     """The loss stays the same during them; afterwards the unscaled gradients count."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=1000)
     losses, converged = Losses(), Converged(0.0, None, patience=3)

@@ -194,7 +194,7 @@ def test_resumed_run_retreats_at_once(retreat, tmp_path):
     assert is_solved(resumed) == (retreat is None)
 
 
-def test_trainer_of_loader_is_free_after_the_error(tmp_path):
+def test_loader_is_free_after_the_error(tmp_path):
     loader = FullBatchLoader((X, spoiled(Y, 3, torch.nan)), 7)
     fitter, module = trainer(tmp_path, [FullBatch()], max_epochs=3), Regression()
     with pytest.raises(RuntimeError, match="at the first evaluation"):

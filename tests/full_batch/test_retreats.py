@@ -141,7 +141,7 @@ def watch(losses, **options):
     return unread
 
 
-def test_accelerator_is_read_every_ten_evaluations():
+def test_accelerator_is_read_every_ten_losses():
     nan = math.nan
     assert watch([1.0] * 25) == [*range(1, 10), 0] * 2 + [*range(1, 6)]
     with pytest.warns(UserWarning, match="The loss was nan at step 13, so Rprop"):

@@ -110,7 +110,7 @@ def test_count_covers_replaced_optimizers(every, tmp_path):
     assert counts == {step: right[step] for step in range(12) if (step + 1) % every == 0}
 
 
-def test_earlier_retreats_of_an_optimizer_do_not_count(tmp_path):
+def test_earlier_retreats_do_not_count(tmp_path):
     module = Bad({2})
     optimizer = ours(module)
     optimizer.retreats = 7

@@ -120,7 +120,7 @@ def test_closure_may_skip_backward(max_iter, known, monkeypatch):
     assert torch.allclose(z, torch.full((2,), 1 + 1j), atol=1e-3)
 
 
-def test_finite_loss_without_gradients_does_nothing(monkeypatch):
+def test_finite_loss_without_gradient_is_no_op(monkeypatch):
     monkeypatch.setattr("lightning_rprop.optim._loss._is_known", lambda loss: False)
     w, _, after, optimizer = moved()
     state = {key: value.clone() for key, value in optimizer.state[w].items()}
