@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_rprop._torch import buffer_dicts
-from lightning_rprop.optim._loss import is_number
+from lightning_rprop.optim._loss import check_number
 from lightning_rprop.optim._sharding import PLAIN, is_on_host, local, placed, reshard, stored, whole, wide_dtype
 
 # Where a tensor is: a dict, its key there, and the position of its copy. Tied tensors share one copy.
@@ -32,7 +32,7 @@ class BestWeights:
     Every rank keeps its shards of DTensors. The ranks must pass the same loss, or they keep different steps.
 
     Args:
-        params_or_module: A module, whose buffers are kept too, including those that are assigned anew. Or what
+        params_or_module: A module, whose buffers are kept too, also if they are replaced later. Or what
             ``torch.optim`` takes: an iterable of tensors, of ``(name, tensor)`` pairs or of parameter groups, such as
             ``optimizer.param_groups``. Lazy parameters are kept as soon as they are initialized.
 
@@ -260,8 +260,7 @@ def _shards(tensors: list[Tensor]) -> list[Tensor]:
 
 def _comparable(loss: float | Tensor) -> float | Tensor:
     """Return the loss as a number if the host has it, else as a tensor that holds it exactly."""
-    if not is_number(loss):
-        raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}. Reduce it to one number")
+    check_number(loss)
     if not isinstance(loss, Tensor):
         return float(loss)
     value: Tensor = whole(loss)

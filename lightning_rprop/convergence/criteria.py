@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_rprop.convergence._small import are_small
-from lightning_rprop.optim._loss import is_number
+from lightning_rprop.optim._loss import check_number
 from lightning_rprop.optim._sharding import is_on_host, whole, wide_dtype
 
 # The criteria, as bits.
@@ -212,8 +212,7 @@ def _tolerance(name: str, value: Any) -> float | None:
 
 def _number(loss: Any, param: Tensor) -> Any:
     """Return the loss as a number, or as a tensor on the parameter's device if that is an accelerator."""
-    if not is_number(loss):
-        raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}. Reduce it: loss.mean().")
+    check_number(loss)
     value = whole(loss.detach()) if isinstance(loss, Tensor) else loss
     if is_on_host(param):
         return float(value)

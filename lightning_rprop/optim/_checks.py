@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_rprop._torch import is_true
 from lightning_rprop.optim._dispatch import check_fused
-from lightning_rprop.optim._loss import is_local, is_number
+from lightning_rprop.optim._loss import check_number, is_local
 from lightning_rprop.optim._rule import AT_FLIP, AtFlip
 from lightning_rprop.optim._sharding import as_real, local
 
@@ -227,7 +227,7 @@ def check_step(
     shared_loss: bool,
 ) -> None:
     """Check everything that could otherwise fail in the middle of a step, or let replicas diverge."""
-    if any(group["retreat"] for group in groups):
+    if loss is not None and any(group["retreat"] for group in groups):
         check_number(loss)
     for index, group in enumerate(groups):
         params = group["params"]
@@ -260,16 +260,6 @@ def check_step(
                 "Attempting CUDA graph capture of step() for an instance of Rprop but param_groups' capturable is "
                 "False. Construct Rprop with capturable=True."
             )
-
-
-def check_number(loss: Any) -> None:
-    """Check a loss, if there is one.
-
-    Raises:
-        ValueError: If it is not one real number.
-    """
-    if loss is not None and not is_number(loss):
-        raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}.")
 
 
 def _row(param: Tensor, grad: Tensor, states: Mapping[Tensor, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,6 +19,16 @@ def is_number(loss: Any) -> bool:
     return loss.numel() == 1 and not loss.is_complex() if isinstance(loss, Tensor) else isinstance(loss, Real)
 
 
+def check_number(loss: Any) -> None:
+    """Check a loss.
+
+    Raises:
+        ValueError: If it is not one real number.
+    """
+    if not is_number(loss):
+        raise ValueError(f"loss must be a number or a tensor of one element, got {loss!r}. Reduce it: loss.mean().")
+
+
 def is_local(shared_loss: bool) -> bool:
     """Return whether the processes may have different losses."""
     return not shared_loss and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -19,7 +19,6 @@ from lightning_rprop._torch import is_simulating, is_transformed, is_true, is_wa
 from lightning_rprop.optim._checks import (
     LATER_OPTIONS,
     check_dtypes,
-    check_number,
     check_options,
     check_state,
     check_step,
@@ -29,8 +28,8 @@ from lightning_rprop.optim._checks import (
 )
 from lightning_rprop.optim._closure import evaluate_checked
 from lightning_rprop.optim._compiled import prepare_compiled
-from lightning_rprop.optim._dispatch import check_fused, check_parameter, prepare
-from lightning_rprop.optim._loss import is_bad, is_local, is_number, is_surely_finite
+from lightning_rprop.optim._dispatch import Lists, check_fused, check_parameter, prepare
+from lightning_rprop.optim._loss import check_number, is_bad, is_local, is_number, is_surely_finite
 from lightning_rprop.optim._rule import AT_FLIP, Rule, Variant, on_device
 from lightning_rprop.optim._scratch import Scratch
 from lightning_rprop.optim._sharding import local, placed, whole
@@ -312,7 +311,8 @@ class Rprop(Optimizer):
             ValueError: If ``loss`` is not one real number, or the closure's result is not although irprop+ or
                 ``retreat=True`` need it. No parameter has moved then.
         """
-        check_number(loss)
+        if loss is not None:
+            check_number(loss)
         max_iter = self.param_groups[0]["max_iter"]
         if closure is None and loss is None and not torch.compiler.is_compiling() and _makes_state(self):
             self._make_state()
@@ -364,7 +364,7 @@ class Rprop(Optimizer):
                 state_steps: list[Tensor] = []
                 self._init_group(group, params, grads, prevs, step_sizes, state_steps)
                 if retreats[i] is not False and self._has_no_gradient():
-                    self._init_without_gradients(group, params, grads, prevs, step_sizes)
+                    params, grads, prevs, step_sizes = self._rows_without_gradients(group)
                 when: bool | Tensor | None = take_back
                 if when is None:
                     when, keep_loss = self._compare(group, loss)
@@ -479,24 +479,15 @@ class Rprop(Optimizer):
     def _has_no_gradient(self) -> bool:
         return all(p.grad is None for group in self.param_groups for p in group["params"])
 
-    def _init_without_gradients(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        prevs: list[Tensor],
-        step_sizes: list[Tensor],
-    ) -> None:
-        """Fill the lists for a closure that skips ``backward()`` if its loss is bad.
+    def _rows_without_gradients(self, group: dict[str, Any]) -> Lists:
+        """Return the tensors of a step after a closure that skips ``backward()`` if its loss is bad.
 
         If it turns out that the loss is not bad, gradients of NaN leave the parameters unchanged.
         """
-        for p in group["params"]:
-            if (state := self.state.get(p)) and "step_size" in state:
-                params.append(p)
-                grads.append(torch.full_like(p, complex(math.nan, math.nan) if p.is_complex() else math.nan))
-                prevs.append(state["prev"])
-                step_sizes.append(state["step_size"])
+        params = [p for p in group["params"] if "step_size" in self.state.get(p, ())]
+        grads = [torch.full_like(p, complex(math.nan, math.nan) if p.is_complex() else math.nan) for p in params]
+        states = [self.state[p] for p in params]
+        return params, grads, [state["prev"] for state in states], [state["step_size"] for state in states]
 
     def _set_initial_step_sizes(self) -> None:
         """Set the step sizes of parameters that have state but have not moved yet to the current lr."""
