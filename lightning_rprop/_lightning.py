@@ -33,6 +33,16 @@ def is_called(value: Any, name: str) -> bool:
     return any(cls.__name__ == name for cls in type(value).__mro__)
 
 
+def callbacks_called(trainer: pl.Trainer, name: str) -> list[Any]:
+    """Return the Trainer's callbacks whose class or a base class has this name."""
+    return [callback for callback in trainer.callbacks if is_called(callback, name)]  # type: ignore[attr-defined]
+
+
+def attributes_of(callback: Any) -> dict[str, Any]:
+    """Return a callback's attributes without the two that Lightning sets and that refer to the module."""
+    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
+
+
 def innermost(optimizer: Any) -> Any:
     """Return the innermost wrapped optimizer, which updates the parameters, or the optimizer itself."""
     while inside := [vars(optimizer)[name] for name in _WRAPPED if isinstance(vars(optimizer).get(name), Optimizer)]:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_rprop._lightning import innermost, is_called
+from lightning_rprop._lightning import attributes_of, callbacks_called, innermost
 from lightning_rprop._lightning_logs import replace_logged
 from lightning_rprop.best.weights import BestWeights
 from lightning_rprop.optim._sharding import is_slice
@@ -84,21 +84,21 @@ class KeepBest(Callback):
         if stage != "fit":
             return
         self._reset()
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if not any(is_called(callback, "FullBatch") for callback in callbacks):
+        if not callbacks_called(trainer, "FullBatch"):
             raise MisconfigurationException(
                 "KeepBest needs the exact loss of the weights, which FullBatch computes, but there is no FullBatch "
                 "among the callbacks. Add FullBatch() and train with a FullBatchLoader; in other loops, use BestWeights"
             )
-        if sum(is_called(callback, "KeepBest") for callback in callbacks) > 1:
+        if len(callbacks_called(trainer, "KeepBest")) > 1:
             raise MisconfigurationException("KeepBest is among the callbacks more than once: leave one")
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
         # a new list, because Lightning is iterating over the old one; last, so that the others save the resumable state
         trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to listen to the evaluations."""
         self._start(trainer, pl_module)
-        (full_batch,) = (c for c in trainer.callbacks if is_called(c, "FullBatch"))  # type: ignore[attr-defined]
+        (full_batch,) = callbacks_called(trainer, "FullBatch")
         full_batch._listen(self._update)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -154,9 +154,7 @@ class KeepBest(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which takes no part in a running fit."""
         found = self._found if self._best is None else (self._best.loss, self._best.step)
-        # Lightning sets these two on every callback, bound to the module
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return kept | {"_best": None, "_found": found, "_replace": None, "_restored": None}
+        return attributes_of(self) | {"_best": None, "_found": found, "_replace": None, "_restored": None}
 
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with no best weights, or with those of the checkpoint."""

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_rprop._lightning import has_no_optimizer, innermost, is_called
+from lightning_rprop._lightning import attributes_of, callbacks_called, has_no_optimizer, innermost
 from lightning_rprop.convergence.criteria import Convergence, check_count, is_rprop
 from lightning_rprop.optim._sharding import whole
 
@@ -108,8 +108,7 @@ class Converged(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach to the optimizer; stop if the checkpoint is of a run that had converged."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        self._is_shared = trainer.world_size == 1 or any(is_called(callback, "FullBatch") for callback in callbacks)
+        self._is_shared = trainer.world_size == 1 or bool(callbacks_called(trainer, "FullBatch"))
         criteria = self._criteria
         is_hidden = hasattr(trainer.strategy, "deepspeed_engine")
         if is_hidden and (criteria.tolerance_grad is not None or criteria.tolerance_step is not None):
@@ -165,9 +164,7 @@ class Converged(Callback):
         """Return the state of a copy, which takes no part in a running fit."""
         copied = Converged.__new__(Converged)
         copied._release()
-        # Lightning sets these two on every callback, bound to the module
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return kept | vars(copied)
+        return attributes_of(self) | vars(copied)
 
     def _close(self) -> None:
         self._detach.close()

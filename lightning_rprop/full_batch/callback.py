@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_rprop._lightning import (
+    attributes_of,
+    callbacks_called,
     forget_loader_state,
-    is_called,
     overridden_backward_methods,
     replace_closure,
     wrap_train_dataloader,
@@ -218,20 +219,17 @@ class FullBatch(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which takes no part in a running fit."""
-        # Lightning sets these two on every callback, bound to the module
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return kept | {"_fit": None, "_cleanup": ExitStack()}
+        return attributes_of(self) | {"_fit": None, "_cleanup": ExitStack()}
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise an error for settings under which a step would not be one over the whole data set."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if trainer.accumulate_grad_batches != 1:
             raise MisconfigurationException(
                 "FullBatch uses all samples in one step, but accumulate_grad_batches is "
                 f"{trainer.accumulate_grad_batches}: leave it at 1. To save memory, use "
                 "FullBatchLoader(micro_batch_size=...)"
             )
-        if any(is_called(callback, "GradientAccumulationScheduler") for callback in callbacks):
+        if callbacks_called(trainer, "GradientAccumulationScheduler"):
             raise MisconfigurationException(
                 "FullBatch uses all samples in one step: remove the GradientAccumulationScheduler"
             )
@@ -261,7 +259,7 @@ class FullBatch(Callback):
                 "FullBatch(take_over=True) uses all batches in one step, but overfit_batches or limit_train_batches "
                 "ask for some of them. Remove these, or use a DataLoader with fewer samples"
             )
-        if sum(is_called(callback, "FullBatch") for callback in callbacks) > 1:
+        if len(callbacks_called(trainer, "FullBatch")) > 1:
             raise MisconfigurationException("FullBatch is among the callbacks more than once: leave one")
 
     def _share(self, trainer: pl.Trainer, loader: FullBatchLoader) -> None:

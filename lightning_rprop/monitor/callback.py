@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 
-from lightning_rprop._lightning import is_called, logged_step
+from lightning_rprop._lightning import attributes_of, callbacks_called, is_called, logged_step
 from lightning_rprop._ranks import check_agreement
 from lightning_rprop._torch import plain_name
 from lightning_rprop.monitor._arguments import (
@@ -269,10 +269,8 @@ class StepSizeMonitor(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the parameters and optimizers of a running fit out of copies and pickles."""
-        # Lightning sets these two on every callback, bound to the module
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         self._retreats.update(self._listing.optimizers)
-        return kept | {"_listing": Listing(), "_gradients": {}}
+        return attributes_of(self) | {"_listing": Listing(), "_gradients": {}}
 
     @property
     def state_key(self) -> str:
@@ -393,5 +391,5 @@ def _is_ours(key: Any) -> bool:
 
 
 def _check_agreement(trainer: pl.Trainer) -> None:
-    if not any(is_called(callback, "FullBatch") for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if not callbacks_called(trainer, "FullBatch"):
         check_agreement(trainer)  # otherwise FullBatch checks it
