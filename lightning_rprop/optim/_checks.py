@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_rprop._torch import is_true
 from lightning_rprop.optim._dispatch import check_fused
-from lightning_rprop.optim._loss import check_number, is_local
+from lightning_rprop.optim._loss import check_loss, is_local
+from lightning_rprop.optim._members import check_members, fits, is_per_member
 from lightning_rprop.optim._rule import AT_FLIP, AtFlip
 from lightning_rprop.optim._sharding import as_real, local
 
@@ -92,12 +93,7 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(variant, str) or variant not in AT_FLIP:
         raise ValueError(f"Invalid variant: {variant!r}. variant must be one of {', '.join(AT_FLIP)}.")
 
-    max_iter = options["max_iter"]
-    if not isinstance(max_iter, Integral) or isinstance(max_iter, bool):
-        raise TypeError(f"max_iter must be an integer >= 1, got {max_iter!r} ({type(max_iter).__name__}).")
-    checked["max_iter"] = max_iter = int(max_iter)
-    if max_iter < 1:
-        raise ValueError(f"Invalid max_iter value: {max_iter}. max_iter must be an integer >= 1.")
+    checked["max_iter"] = check_count("max_iter", options["max_iter"])
 
     for name in ("retreat", "maximize", "foreach", "fused", "capturable", "differentiable"):
         choices = (True, False, None) if name in ("retreat", "foreach", "fused") else (True, False)
@@ -147,6 +143,20 @@ def check_dtypes(options: Mapping[str, Any], params: Iterable[tuple[str, Tensor]
 def initial_step_size(options: Mapping[str, Any]) -> float:
     """Return ``lr``, a number or a tensor of one element, as a number."""
     return options["lr"].item() if isinstance(options["lr"], Tensor) else options["lr"]
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a number of steps, members or the like as an ``int``.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is below 1.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer >= 1, got {value!r} ({type(value).__name__}).")
+    if int(value) < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value}.")
+    return int(value)
 
 
 def differences(own: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -206,11 +216,16 @@ def check_state(name: str, param: Tensor, state: Any) -> None:
     for key in ("step", "prev_loss"):
         value = state.get(key)
         is_number = isinstance(value, Real) if key == "step" else key not in state  # torch once saved a plain number
-        is_real = isinstance(value, Tensor) and not value.is_complex() and value.dtype != torch.bool
-        if not (is_real and value.numel() == 1 if isinstance(value, Tensor) else is_number):
+        if isinstance(value, Tensor):
+            is_real = not value.is_complex() and value.dtype != torch.bool
+            is_number = is_real and (value.numel() == 1 or (key == "prev_loss" and value.shape == param.shape[:1]))
+        elif key == "prev_loss" and isinstance(value, list):
+            is_number = {*map(type, value)} == {float} and (len(value),) == param.shape[:1]
+        if not is_number:
+            form = "" if key == "step" or not param.dim() else f", or {len(param)} of them, one for each member"
             raise ValueError(
                 f"The state of {name} does not fit: its {key} is {_described(value)}, not a tensor with one real "
-                "number. Check whether the checkpoint was modified after it was saved."
+                f"number{form}. Check whether the checkpoint was modified after it was saved."
             )
     if not is_true((as_real(local(state["step_size"])) >= 0).all(), unknown=True):
         raise ValueError(
@@ -228,7 +243,7 @@ def check_step(
 ) -> None:
     """Check everything that could otherwise fail in the middle of a step, or let replicas diverge."""
     if loss is not None and any(group["retreat"] for group in groups):
-        check_number(loss)
+        check_loss(loss)
     for index, group in enumerate(groups):
         params = group["params"]
         grads = [param.grad for param in params]
@@ -247,7 +262,8 @@ def check_step(
             continue
         if group["fused"]:
             present = [i for i, grad in enumerate(grads) if grad is not None]
-            check_fused([name_of(group, i) for i in present], [_row(params[i], grads[i], states) for i in present])
+            names, rows = zip(*((name_of(group, i), _row(params[i], grads[i], states)) for i in present), strict=True)
+            check_fused(names, rows, is_per_member(loss) and _is_judged(group, shared_loss))
         if group["capturable"]:
             for i, param in enumerate(params):
                 if param.is_cpu and grads[i] is not None:
@@ -260,6 +276,46 @@ def check_step(
                 "Attempting CUDA graph capture of step() for an instance of Rprop but param_groups' capturable is "
                 "False. Construct Rprop with capturable=True."
             )
+
+
+def members_losses(
+    groups: Sequence[dict[str, Any]],
+    states: Mapping[Tensor, Any],
+    losses: Tensor,
+    is_result: bool,
+    shared_loss: bool,
+) -> Tensor | None:
+    """Return the losses that judge members, or ``None`` if they are something else that a closure returns.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        states: Its state.
+        losses: Several numbers, of shape ``(n,)``.
+        is_result: They are a closure's result, which may be anything if no option asks for a loss.
+        shared_loss: See :class:`lightning_rprop.Rprop`.
+
+    Raises:
+        ValueError: If a parameter that they judge has another first dimension. If no option asks for a loss, then only
+            if another parameter has theirs.
+    """
+    judged: list[tuple[dict[str, Any], int, Tensor]] = []
+    is_asked = not is_result
+    for group in groups:
+        if _is_judged(group, shared_loss):
+            is_asked = is_asked or AT_FLIP[group["variant"]].take_back is None or bool(group["retreat"])
+            judged += [(group, i, p) for i, p in enumerate(group["params"]) if p.grad is not None or p in states]
+    fitting = [fits(losses, param) for _, _, param in judged]
+    if not is_asked and not any(fitting):
+        return None
+    if not all(fitting):  # else the names would take more time than all other checks
+        check_members(losses, ((name_of(group, i), param) for group, i, param in judged))
+    return losses
+
+
+def _is_judged(group: dict[str, Any], shared_loss: bool) -> bool:
+    """Return whether the loss has an effect on the parameters of a group."""
+    retreat = not is_local(shared_loss) if group["retreat"] is None else group["retreat"]
+    return retreat or AT_FLIP[group["variant"]].take_back is None
 
 
 def _row(param: Tensor, grad: Tensor, states: Mapping[Tensor, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -279,7 +335,7 @@ def _check_loss(loss: float | Tensor | None, shared_loss: bool) -> None:
             "variant='irprop+' compares the loss with that of the previous step, but got none. Call "
             "step(closure) with a closure that returns the loss, or step(loss=loss)."
         )
-    check_number(loss)
+    check_loss(loss)
     if is_local(shared_loss):
         raise RuntimeError(
             f"variant='irprop+' would compare a different loss on each of the {dist.get_world_size()} processes, and "

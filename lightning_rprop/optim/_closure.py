@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_rprop._torch import is_true, version_of
+from lightning_rprop.optim._sharding import whole
 
 
 def evaluate_checked(closure: Callable[[], float | Tensor], groups: list[dict[str, Any]]) -> float | Tensor:
     """Evaluate a closure and check that it zeroes the gradients.
 
     The gradients are infinite before the call. A closure that accumulates then leaves no finite gradient, and one that
-    does nothing leaves all of them in place. If the loss itself is not finite, the gradients show nothing.
+    does nothing leaves all of them in place. If no loss is finite, the gradients show nothing.
 
     Args:
         closure: Zeroes the gradients, evaluates the model, calls ``backward`` and returns the loss.
@@ -37,7 +38,7 @@ def evaluate_checked(closure: Callable[[], float | Tensor], groups: list[dict[st
         stayed = [(p.grad is marker, version_of(marker) == v) for p, (marker, v) in zip(params, markers, strict=True)]
         untouched = [same and unchanged for same, unchanged in stayed]
         added_to = [p.grad for p, (same, unchanged) in zip(params, stayed, strict=True) if same and not unchanged]
-        if params and (all(untouched) or (_is_finite(loss) and any(map(_was_added_to, added_to)))):
+        if params and (all(untouched) or (_has_finite(loss) and any(map(_was_added_to, added_to)))):
             raise RuntimeError(
                 f"max_iter={groups[0]['max_iter']} evaluates the closure several times, but it did not zero the "
                 "gradients. Call zero_grad() and backward() in the closure, as for torch.optim.LBFGS; with gradient "
@@ -53,8 +54,10 @@ def evaluate_checked(closure: Callable[[], float | Tensor], groups: list[dict[st
     return loss
 
 
-def _is_finite(loss: Any) -> bool:
-    return not isinstance(loss, (float, int, Tensor)) or is_true(torch.as_tensor(loss).isfinite().all(), unknown=True)
+def _has_finite(loss: Any) -> bool:
+    if not isinstance(loss, (float, int, Tensor)):
+        return True
+    return is_true(whole(torch.as_tensor(loss)).isfinite().any(), unknown=True)
 
 
 def _marker(param: Tensor) -> float | complex:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_rprop.optim._dispatch import Lists, prepare
+from lightning_rprop.optim._dispatch import Lists, local_parts, prepare
 from lightning_rprop.optim._rule import Rule, update
-from lightning_rprop.optim._sharding import as_real, local
+from lightning_rprop.optim._sharding import as_real
 
 _HALVES = frozenset({torch.bfloat16, torch.float16})
 
@@ -31,18 +31,19 @@ def prepare_compiled(
 
     The compiler itself fuses the plain loop across all tensors.
     """
-    halves: Lists = ([], [], [], [])
-    others: Lists = ([], [], [], [])
-    for row in zip(params, grads, prevs, step_sizes, strict=True):
-        real = [as_real(local(tensor)) for tensor in row]
-        lists = halves if real[0].dtype in _HALVES and not differentiable else others
-        for tensors, tensor in zip(lists, real, strict=True):
-            tensors.append(tensor)
     moves = []
-    if others[0]:
-        moves.append(update(*others, rule, scratch={}, differentiable=differentiable))
-    if halves[0]:
-        moves.append(update_opaque(*halves, rule))
+    for part, rule_here in local_parts((params, grads, prevs, step_sizes), rule):
+        halves: Lists = ([], [], [], [])
+        others: Lists = ([], [], [], [])
+        for row in zip(*part, strict=True):
+            real = list(map(as_real, row))
+            lists = halves if real[0].dtype in _HALVES and not differentiable else others
+            for tensors, tensor in zip(lists, real, strict=True):
+                tensors.append(tensor)
+        if others[0]:
+            moves.append(update(*others, rule_here, scratch={}, differentiable=differentiable))
+        if halves[0]:
+            moves.append(update_opaque(*halves, rule_here))
     return moves
 
 

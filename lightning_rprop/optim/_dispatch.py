@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from operator import attrgetter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_rprop._torch import is_simulated, is_simulating, is_transformed, 
 from lightning_rprop.optim._foreach import update_foreach
 from lightning_rprop.optim._rule import Rule, update
 from lightning_rprop.optim._scratch import Scratch
-from lightning_rprop.optim._sharding import PLAIN, aligned, as_real, is_sharded, local
+from lightning_rprop.optim._sharding import PLAIN, aligned, as_real, is_sharded, local, rows
 
 DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
@@ -76,12 +76,13 @@ def prepare(
         fused = False
     if fused and is_simulating():
         fused = False
-    if fused is not False and (kernel := _fused_for_all(params, grads, prevs, step_sizes, rule[-2:])):
+    if fused is not False and (kernel := _fused_for_all(params, grads, prevs, step_sizes, rule.members)):
         return [kernel(params, grads, prevs, step_sizes, rule)]
     if not differentiable and any(map(is_sharded, params)):
         grads = [*map(aligned, grads, params)]
-        params, grads, prevs, step_sizes = ([*map(local, tensors)] for tensors in (params, grads, prevs, step_sizes))
-        return prepare(params, grads, prevs, step_sizes, rule, foreach=foreach, fused=fused, scratch=scratch)
+        parts = local_parts((params, grads, prevs, step_sizes), rule)
+        options: Any = {"foreach": foreach, "fused": fused, "scratch": scratch}
+        return [move for lists, each in parts for move in prepare(*lists, each, **options)]
     if any(map(is_simulated, params)):
         fused = False
 
@@ -90,7 +91,7 @@ def prepare(
     for i, row in enumerate(zip(params, grads, prevs, step_sizes, strict=True)):
         check_parameter(f"parameter {i}", row[0])  # its dtype may have changed since its state was created
         param, grad, prev, step_size = map(as_real, row)
-        chosen = "" if fused is False else fused_for(param, grad, prev, step_size, rule[-2:])
+        chosen = "" if fused is False else fused_for(param, grad, prev, step_size, rule.members)
         if isinstance(chosen, str):
             if fused:
                 _refuse(f"parameter {i}", chosen)
@@ -103,13 +104,42 @@ def prepare(
     return [chosen(*batch, rule) for (chosen, _, _), batch in batches.items()]
 
 
-def check_fused(names: Sequence[str], rows: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+def local_parts(lists: Lists, rule: Rule) -> Iterator[tuple[Lists, Rule]]:
+    """Iterate over the local shards of tensors, and the rule with the flags of the members that are here.
+
+    Parameters with the same placement are together; all of them are if members are not judged separately.
+    """
+    by_placement: dict[Any, list[int]] = {}
+    is_separate = rule.members > 1
+    for i, param in enumerate(lists[0]):
+        placement: Any = None
+        if is_separate and is_sharded(param):
+            placement = param.device_mesh, param.placements  # type: ignore[attr-defined]
+        by_placement.setdefault(placement, []).append(i)
+    for indices in by_placement.values():
+        take_back, retreat = (_here(flag, lists[0][indices[0]]) for flag in rule[-2:])
+        params, grads, prevs, step_sizes = ([local(tensors[i]) for i in indices] for tensors in lists)
+        yield (params, grads, prevs, step_sizes), rule._replace(take_back=take_back, retreat=retreat)
+
+
+def _here(flag: bool | Tensor, param: Tensor) -> bool | Tensor:
+    """Return the values of a flag for the members whose part of the parameter is on this process."""
+    if not isinstance(flag, Tensor) or flag.numel() == 1:
+        return flag
+    flag = rows(flag, param)
+    return flag if flag.numel() else False
+
+
+def check_fused(
+    names: Sequence[str], rows: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], by_member: bool = False
+) -> None:
     """Check that fused kernels support all parameters, as ``fused=True`` requires.
 
     Args:
         names: Names for the error message.
         rows: Parameter, gradient, previous gradient and step size of each, or tensors like them. Parameters without
             values, such as lazy ones or those on the meta device, pass.
+        by_member: Whether the members of stacked parameters are judged separately.
 
     Raises:
         RuntimeError: If a parameter is not supported.
@@ -118,12 +148,13 @@ def check_fused(names: Sequence[str], rows: Sequence[tuple[Tensor, Tensor, Tenso
     rows = [row for row in rows if not is_lazy(row[0])]
     rows = [(local(param), local(aligned(grad, param)), local(prev), local(size)) for param, grad, prev, size in rows]
     params, grads, prevs, step_sizes = ([row[i] for row in rows] for i in range(4))
-    if not rows or _fused_for_all(params, grads, prevs, step_sizes):
+    if not rows or (not by_member and _fused_for_all(params, grads, prevs, step_sizes, members=1)):
         return
     for name, row in zip(names, rows, strict=True):
         if not is_simulated(row[0]):
             param, grad, prev, step_size = map(as_real, row)
-            _refuse(name, fused_for(param, grad, prev, step_size))
+            members = len(param) if by_member else 1  # of this process
+            _refuse(name, fused_for(param, grad, prev, step_size, members))
 
 
 def check_parameter(name: str, param: Tensor) -> None:
@@ -162,7 +193,7 @@ def _fused_for_all(
     grads: list[Tensor],
     prevs: list[Tensor],
     step_sizes: list[Tensor],
-    flags: Sequence[bool | Tensor] = (),
+    members: int,
 ) -> Update | None:
     """Return the fused implementation for all parameters at once, or ``None`` to check them one by one.
 
@@ -178,15 +209,14 @@ def _fused_for_all(
         and all(map(Tensor.is_contiguous, tensors))
         and not any(map(Tensor.is_neg, [*params, *grads]))
         and sizes == sizes[: len(params)] * 4
+        and (members == 1 or not any(_scattered(param, members) for param in params))
     ):
         return None
-    chosen = _implementation(params[0], flags)
+    chosen = _implementation(params[0])
     return None if isinstance(chosen, str) else chosen
 
 
-def fused_for(
-    param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, flags: Sequence[bool | Tensor] = ()
-) -> Update | str:
+def fused_for(param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, members: int = 1) -> Update | str:
     """Return the fused implementation for one parameter.
 
     Args:
@@ -194,7 +224,7 @@ def fused_for(
         grad: Its gradient.
         prev: Its previous gradient.
         step_size: Its step sizes.
-        flags: ``take_back`` and ``retreat`` of the :class:`~lightning_rprop.optim._rule.Rule`.
+        members: How many members are judged separately.
 
     Returns:
         The implementation, or a text that says why there is none.
@@ -212,14 +242,24 @@ def fused_for(
             return f"parameter, gradient, prev and step_size differ in strides: {', '.join(map(str, strides))}"
         if not _is_dense(param):
             return f"its memory has gaps or overlaps: shape {tuple(param.shape)}, strides {strides[0]}"
+    if members > 1 and (reason := _scattered(param, members)):
+        return reason
     if any(map(Tensor.is_neg, four)):
         return "a tensor has its negative bit set, see torch.Tensor.resolve_neg"
-    return _implementation(param, flags)
+    return _implementation(param)
 
 
-def _implementation(param: Tensor, flags: Sequence[bool | Tensor]) -> Update | str:
-    if sizes := [flag.numel() for flag in flags if isinstance(flag, Tensor) and flag.numel() != 1]:
-        return f"loss_rose or retreat has {sizes[0]} values"
+def _scattered(param: Tensor, members: int) -> str:
+    """Return why the elements of a member are not one piece of memory, or an empty string if they are."""
+    shape, strides = tuple(param.shape), param.stride()
+    if shape[:1] != (members,):
+        return f"it has the shape {shape}, but {members} members are judged"
+    if param.numel() and strides[0] * members != param.numel():
+        return f"its members are not in one piece of memory each: shape {shape}, strides {strides}"
+    return ""
+
+
+def _implementation(param: Tensor) -> Update | str:
     if is_transformed():
         return "it is inside a transformation of torch.func"
     try:

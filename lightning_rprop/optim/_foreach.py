@@ -8,6 +8,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from lightning_rprop.optim._members import along
 from lightning_rprop.optim._rule import Rule, on_device
 
 _dtype = attrgetter("dtype")
@@ -33,7 +34,7 @@ def update_foreach(
     signs = list(torch._foreach_sign(grads))
     agreements = torch._foreach_mul(signs, torch._foreach_sign(prevs))
     if retreat is not False:
-        bad = [on_device(retreat, param.device) for param in params]
+        bad = [along(on_device(retreat, param.device), param) for param in params]
         for agreement, is_bad in zip(agreements, bad, strict=True):
             agreement.masked_fill_(is_bad, -1)
     flipped = [agreement < 0 for agreement in agreements]
@@ -66,7 +67,7 @@ def update_foreach(
         distances = [torch.where(*row) for row in zip(flipped, step_sizes, sizes, strict=True)]
     if forget and take_back is not True:
         for sign, flip in zip(signs, flipped, strict=True):
-            sign.masked_fill_(flip if take_back is False else flip & ~take_back.to(flip.device), 0)
+            sign.masked_fill_(flip if take_back is False else flip & ~along(take_back.to(flip.device), flip), 0)
     if retreat is not False:
         opposites = torch._foreach_sign(torch._foreach_neg(prevs))
         signs = [torch.where(*row) for row in zip(bad, opposites, signs, strict=True)]

@@ -30,11 +30,11 @@ def compile_kernel(dtype: str) -> tuple[str, str]:
     signature = types.void(
         types.CPointer(types.CPointer(_STORED[dtype])),
         types.CPointer(types.int64),
-        types.int64,
-        types.int64,
+        types.CPointer(types.uint8),
+        *[types.int64] * 3,
         types.CPointer(types.int64),
         types.CPointer(types.float64),
-        *[types.boolean] * 3,
+        *[types.boolean] * 2,
     )
     widen, narrow = _CONVERSIONS.get(dtype, (_same, _same))
     compiled = numba.cfunc(signature, error_model="numpy")(_kernel(_COMPUTED[dtype], widen, narrow))
@@ -58,6 +58,11 @@ def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], An
     @numba.njit(error_model="numpy")
     def sign_of(x):
         return one if x > zero else -one if x < zero else zero
+
+    @numba.njit(error_model="numpy")
+    def clamped(x, low, high):
+        x = low if x < low else x
+        return high if x > high else x
 
     @numba.njit(error_model="numpy")
     def update(
@@ -97,9 +102,7 @@ def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], An
             # adapt the step size
             factor = etaplus if agreement > zero else etaminus if flipped else one
             before = step_size
-            step_size = widen(narrow(step_size * factor))
-            step_size = step_size_min if step_size < step_size_min else step_size
-            step_size = step_size_max if step_size > step_size_max else step_size
+            step_size = clamped(widen(narrow(step_size * factor)), step_size_min, step_size_max)
             step_sizes[i] = narrow(step_size)
 
             # move; at a flip move back by the last step size, or not at all
@@ -112,37 +115,69 @@ def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], An
             grad = grad if grad == grad else prev
             prevs[i] = narrow(zero if flipped and forget else grad)
 
-    def kernel(addresses, sizes, rows, chunk, taken, numbers, maximize, forget, take_back):
+    @numba.njit(error_model="numpy")
+    def retreat(params, prevs, step_sizes, first, last, etaminus, step_size_min, step_size_max):
+        """Take back the last move of the elements ``first`` to ``last - 1`` of one parameter."""
+        for i in range(first, last):
+            step_size = widen(step_sizes[i])
+            params[i] = narrow(widen(params[i]) - sign_of(-widen(prevs[i])) * step_size)
+            step_sizes[i] = narrow(clamped(widen(narrow(step_size * etaminus)), step_size_min, step_size_max))
+            prevs[i] = narrow(zero)
+
+    def kernel(addresses, sizes, actions, rows, members, chunk, taken, numbers, maximize, forget):
         """Move chunk after chunk until none is left.
 
-        A row is a parameter; chunks are counted over the elements of all rows. Threads share the counter ``taken``, so
-        that they finish together even if one of them is slow.
+        A row is a parameter, ``sizes`` counts the elements that each member has in it, and ``actions`` says whether a
+        member takes back its last move at flips (1) or everywhere (2). Chunks are counted over the elements of all
+        rows. Threads share the counter ``taken``, so that they finish together even if one of them is slow.
         """
-        row, start = 0, 0
+        row, member, start = 0, 0, 0
         while row < rows:
             begin = take(taken, chunk)
             end = begin + chunk
             while row < rows and start < end:
-                update(
-                    addresses[row],
-                    addresses[rows + row],
-                    addresses[2 * rows + row],
-                    addresses[3 * rows + row],
-                    max(begin - start, 0),
-                    min(end - start, sizes[row]),
-                    number(numbers[0]),  # as arguments; loaded in update() they make small steps 10 % slower
-                    number(numbers[1]),
-                    number(numbers[2]),
-                    number(numbers[3]),
-                    number(numbers[4]),
-                    maximize,
-                    forget,
-                    take_back,
-                )
-                if start + sizes[row] > end:
-                    break  # the next chunk continues this row
-                start += sizes[row]
-                row += 1
+                # members that do the same are moved together, because one of them may have very few elements
+                action, after = actions[member], member + 1
+                while after < members and actions[after] == action:
+                    after += 1
+                size = (after - member) * sizes[row]
+                first = member * sizes[row] + max(begin - start, 0)
+                last = member * sizes[row] + min(end - start, size)
+                if action & 2:
+                    retreat(
+                        addresses[row],
+                        addresses[2 * rows + row],
+                        addresses[3 * rows + row],
+                        first,
+                        last,
+                        number(numbers[0]),
+                        number(numbers[2]),
+                        number(numbers[3]),
+                    )
+                else:
+                    update(
+                        addresses[row],
+                        addresses[rows + row],
+                        addresses[2 * rows + row],
+                        addresses[3 * rows + row],
+                        first,
+                        last,
+                        number(numbers[0]),  # as arguments; loaded in update() they make small steps 10 % slower
+                        number(numbers[1]),
+                        number(numbers[2]),
+                        number(numbers[3]),
+                        number(numbers[4]),
+                        maximize,
+                        forget,
+                        action != 0,
+                    )
+                if start + size > end:
+                    break  # the next chunk continues these members
+                start += size
+                member = after
+                if member == members:
+                    member = 0
+                    row += 1
 
     return kernel
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lightning_rprop._torch import is_simulating, is_transformed
+from lightning_rprop.optim._members import along
 from lightning_rprop.optim._scratch import NEW, Scratch, Space, is_sharable, reserve, take
 
 Variant: TypeAlias = Literal["irprop-", "irprop+", "rprop-", "rprop+"]
@@ -71,7 +72,8 @@ class Rule(NamedTuple):
         weight_decay: This times the parameter is added to the gradient.
         maximize: Maximize instead of minimize.
         forget: See :class:`AtFlip`.
-        take_back: Undo the last move at a flip; a bool, or a bool tensor that broadcasts to every parameter.
+        take_back: Undo the last move at a flip: a bool, a bool tensor of one element, or one of shape ``(n,)`` for
+            parameters of shape ``(n, ...)``.
         retreat: Undo the last move of every weight and make no other; likewise.
     """
 
@@ -84,6 +86,14 @@ class Rule(NamedTuple):
     forget: bool
     take_back: bool | Tensor
     retreat: bool | Tensor = False
+
+    @property
+    def members(self) -> int:
+        """How many members are judged separately; 1 if all of a parameter is judged together."""
+        for flag in (self.take_back, self.retreat):
+            if flag is not False and isinstance(flag, Tensor) and flag.numel() > 1:
+                return flag.numel()
+        return 1
 
 
 def update(
@@ -132,7 +142,7 @@ def update(
         sign = torch.sign(grad, out=space.sign)
         agreement = torch.mul(sign, torch.sign(prev, out=space.size), out=space.size)
         if retreat is not False:
-            bad = is_bad[param.device]
+            bad = along(is_bad[param.device], param)
             agreement = agreement.masked_fill(bad, -1) if lazily else agreement.masked_fill_(bad, -1)
         flipped = torch.lt(agreement, 0, out=space.flipped)
 
@@ -147,7 +157,9 @@ def update(
         # move; at a flip move back by the last step size, or not at all
         distance = size if take_back is False else torch.where(flipped, step_size, size, out=space.distance)
         if forget and take_back is not True:
-            stays = flipped if take_back is False else torch.logical_and(flipped, fell[param.device], out=space.mask)
+            stays = flipped
+            if take_back is not False:
+                stays = torch.logical_and(flipped, along(fell[param.device], param), out=space.mask)
             sign = sign.masked_fill(stays, 0) if keeps_sign else sign.masked_fill_(stays, 0)
         if retreat is not False:
             opposite = torch.sign(torch.neg(prev, out=space.kept), out=space.kept)

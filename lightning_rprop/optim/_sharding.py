@@ -42,15 +42,21 @@ def stored(tensor: Any) -> Any:
     return getattr(tensor, "ds_tensor", tensor)
 
 
+def fully_sharded(module: nn.Module) -> list[Any]:
+    """Return the submodules, also the module itself, that ``fully_shard`` was called with."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # nobody has sharded a module
+        return []
+    return [each for each in module.modules() if isinstance(each, fsdp.FSDPModule)]
+
+
 def reshard(module: nn.Module) -> None:
     """Free the whole parameters that an evaluation has gathered, so that the next one gathers the shards again.
 
     Without a backward pass, ``fully_shard`` keeps those of the root module. DeepSpeed ZeRO stage 3 keeps small ones.
     """
-    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:  # else nobody has sharded a module
-        for each in module.modules():
-            if isinstance(each, fsdp.FSDPModule):
-                each.reshard()
+    for each in fully_sharded(module):
+        each.reshard()
     param: Any
     for param in module.parameters():
         is_whole = hasattr(param, "ds_tensor") and param.ds_status.name == "AVAILABLE"
@@ -77,6 +83,16 @@ def placed(value: Tensor, param: Tensor) -> Tensor:
     return value
 
 
+def replicated(value: Tensor, tensor: Tensor) -> Tensor:
+    """Return a value that is the same on every process so that it can be combined with a tensor, sharded or not."""
+    if not is_sharded(tensor):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def is_on_host(tensor: Tensor) -> bool:
     """Return whether the host can read a tensor without waiting for an accelerator."""
     return tensor.is_cpu
@@ -90,3 +106,16 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 def as_real(tensor: Tensor) -> Tensor:
     """Return a view of the tensor in which a complex number is two real ones."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def rows(values: Tensor, param: Tensor) -> Tensor:
+    """Return the part of a whole tensor that belongs to the local shard of a parameter with the same first dimension.
+
+    A parameter that is not sharded along its first dimension has all of it.
+    """
+    if not is_sharded(param):
+        return values
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    placements = [placement if placement.is_shard(0) else Replicate() for placement in param.placements]  # type: ignore[attr-defined]
+    return local(distribute_tensor(whole(values), param.device_mesh, placements, src_data_rank=None))  # type: ignore[attr-defined, no-any-return]

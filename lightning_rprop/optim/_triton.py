@@ -42,16 +42,23 @@ def update_triton(
         A function that makes the move. No memory of a tensor's size is allocated.
     """
     needed = (params, grads, prevs, step_sizes)  # gradients may be copies that nothing else references
-    device, dtype, rows, take_back = params[0].device, params[0].dtype, len(params), rule.take_back
+    device, dtype, rows, members = params[0].device, params[0].dtype, len(params), rule.members
+    take_back = rule.take_back
     addresses = array("q", list(map(Tensor.data_ptr, [*params, *grads, *prevs, *step_sizes])))
     sizes = list(map(Tensor.numel, params))
     blocks = list(accumulate((-(-size // _BLOCK) for size in sizes), initial=0))
     if blocks[-1]:
         numbers = rounded(dtype, rule[:5])
         contents = addresses.tobytes() + array("q", blocks[:-1] + sizes).tobytes() + numbers.tobytes()
-        if isinstance(take_back, Tensor) and take_back.device != device:
-            take_back = bool(take_back) if take_back.is_cpu else take_back.to(device)
-        retreat = None if rule.retreat is False else on_device(rule.retreat, device)
+        if isinstance(take_back, Tensor) and take_back.device != device and take_back.is_cpu and take_back.numel() == 1:
+            take_back = bool(take_back)
+        take_back_at = on_device(take_back, device) if isinstance(take_back, Tensor) else None
+        retreat_at = None if rule.retreat is False else on_device(rule.retreat, device)
+        if members > 1:  # one flag for each member, also where all have the same
+            take_back_at, retreat_at = (
+                None if flag is None else flag.reshape(-1).expand(members).contiguous()
+                for flag in (take_back_at, retreat_at)
+            )
         with torch.cuda.device_of(params[0]):
             table = _table_on_device(contents, device)
 
@@ -61,8 +68,9 @@ def update_triton(
                 _kernel[(blocks[-1],)](
                     table,
                     rows,
-                    take_back if isinstance(take_back, Tensor) else None,
-                    retreat,
+                    members,
+                    take_back_at,
+                    retreat_at,
                     ROWS=triton.next_power_of_2(rows),
                     BLOCK=_BLOCK,
                     STORED=_STORED[dtype],
@@ -72,6 +80,7 @@ def update_triton(
                     MAXIMIZE=rule.maximize,
                     FORGET=rule.forget,
                     TAKE_BACK=take_back is True,
+                    BY_MEMBER=members > 1,
                     num_warps=8,
                     enable_fp_fusion=False,  # a multiply-add rounds once where the other implementations round twice
                 )
@@ -127,10 +136,11 @@ def _pinned(size: int, capturing: bool) -> Tensor:
     return torch.empty(size // 8, dtype=torch.int64, pin_memory=True)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "members"])
 def _kernel(
     table,
     rows,
+    members,
     take_back_at,
     retreat_at,
     ROWS: tl.constexpr,
@@ -142,6 +152,7 @@ def _kernel(
     MAXIMIZE: tl.constexpr,
     FORGET: tl.constexpr,
     TAKE_BACK: tl.constexpr,
+    BY_MEMBER: tl.constexpr,
 ):
     # A row is a parameter. The table holds, for all rows, the addresses of params, grads, prevs and step sizes, the
     # first block and the size; then the numbers of the rule. A block belongs to the last row that starts no later.
@@ -161,10 +172,21 @@ def _kernel(
         prevs = tl.multiple_of(prevs, (16,))
         step_sizes = tl.multiple_of(step_sizes, (16,))
     numbers = table + 6 * rows
-    take_back = TAKE_BACK if take_back_at is None else tl.load(take_back_at)
-    retreat = None if retreat_at is None else tl.load(retreat_at)
+    elements = tl.arange(0, BLOCK)
+    offsets = begin + elements
+    if BY_MEMBER:
+        # the member of each element, which is offset // each; after the block's first element all numbers are small
+        each = size // members
+        first = begin // each
+        left = tl.minimum((first + 1) * each - begin, BLOCK)
+        short = tl.minimum(each, BLOCK)
+        member = first + (elements + (short - left).to(tl.int32)) // short.to(tl.int32)
+        take_back = TAKE_BACK if take_back_at is None else tl.load(take_back_at + member, mask=offsets < size)
+        retreat = None if retreat_at is None else tl.load(retreat_at + member, mask=offsets < size)
+    else:
+        take_back = TAKE_BACK if take_back_at is None else tl.load(take_back_at)
+        retreat = None if retreat_at is None else tl.load(retreat_at)
 
-    offsets = begin + tl.arange(0, BLOCK)
     params += offsets
     grads += offsets
     prevs += offsets

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_rprop._torch import is_simulating, is_transformed, is_true, is_watched
+from lightning_rprop._torch import is_simulated, is_simulating, is_transformed, is_true, is_watched
 from lightning_rprop.optim._checks import (
     LATER_OPTIONS,
     check_dtypes,
@@ -24,15 +24,17 @@ from lightning_rprop.optim._checks import (
     check_step,
     differences,
     initial_step_size,
+    members_losses,
     name_of,
 )
 from lightning_rprop.optim._closure import evaluate_checked
 from lightning_rprop.optim._compiled import prepare_compiled
 from lightning_rprop.optim._dispatch import Lists, check_fused, check_parameter, prepare
-from lightning_rprop.optim._loss import check_number, is_bad, is_local, is_number, is_surely_finite
+from lightning_rprop.optim._loss import check_loss, is_bad, is_local, is_loss, is_surely_finite
+from lightning_rprop.optim._members import is_per_member
 from lightning_rprop.optim._rule import AT_FLIP, Rule, Variant, on_device
 from lightning_rprop.optim._scratch import Scratch
-from lightning_rprop.optim._sharding import local, placed, whole
+from lightning_rprop.optim._sharding import local, placed, whole, wide_dtype
 
 __all__ = ["Rprop", "rprop"]
 
@@ -85,8 +87,8 @@ class Rprop(Optimizer):
             irprop+ and the default ``retreat`` require it, because replicas that judge different losses diverge.
             :class:`lightning_rprop.FullBatch` sets it during a fit; set it yourself if you reduce the loss over the
             processes. It is not part of ``state_dict()``.
-        retreats: How many steps have taken back the last move: 0, and from the first step on a tensor of one element on
-            the device of the parameters. It is not part of ``state_dict()``.
+        retreats: How many steps have taken back the last move, of at least one member: 0, and from the first step on a
+            tensor of one element on the device of the parameters. It is not part of ``state_dict()``.
 
     Raises:
         ValueError: If a value is out of range, also in a parameter group.
@@ -217,9 +219,19 @@ class Rprop(Optimizer):
         self._unmoved = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as a dict, like ``torch.optim.Optimizer.state_dict``."""
+        """Return the state as a dict, like ``torch.optim.Optimizer.state_dict``; losses of members become lists."""
         self._set_initial_step_sizes()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        lists: dict[Tensor, list[float]] = {}
+        for key, state in state_dict["state"].items():
+            losses = state.get("prev_loss") if isinstance(state, dict) else None
+            if is_per_member(losses) and not is_simulated(losses):
+                # torch.distributed.checkpoint loads tensors only into those of the same size, which a fresh optimizer
+                # does not know
+                if losses not in lists:
+                    lists[losses] = losses.tolist()
+                state_dict["state"][key] = {**state, "prev_loss": lists[losses]}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of ``torch.optim.Rprop``.
@@ -246,7 +258,7 @@ class Rprop(Optimizer):
             for key, name, param in self._matched(state_dict["param_groups"]):
                 if state := copies.get(key):
                     check_state(name, param, state)
-                    if "prev_loss" in state:
+                    if isinstance(state.get("prev_loss"), Tensor):
                         losses.append((param, state["prev_loss"]))
             return {**state_dict, "state": copies}
 
@@ -295,9 +307,14 @@ class Rprop(Optimizer):
         ``lr``.
 
         Args:
-            closure: Zeroes the gradients, evaluates the model, calls ``backward`` and returns the loss.
-            loss: The loss of the current gradients, for loops that call ``backward`` themselves. A tensor must have one
-                element; on an accelerator it is not copied to the host. It takes precedence over the closure's result.
+            closure: Zeroes the gradients, evaluates the model, calls ``backward`` and returns the loss, like ``loss``.
+                Unless irprop+ or ``retreat=True`` ask for the loss, it may return anything; a tensor of shape ``(n,)``
+                then holds losses of members if the first dimension of any parameter is n.
+            loss: The loss of the current gradients, for loops that call ``backward`` themselves: a number, a tensor of
+                one element, or the losses of n members, a tensor of shape ``(n,)`` for parameters of shape
+                ``(n, ...)`` such as those of :class:`lightning_rprop.Stacked`. irprop+ and ``retreat`` then judge each
+                member by its own loss. A tensor on an accelerator is not copied to the host. It takes precedence over
+                the closure's result.
 
         Returns:
             The result of the first closure call, or ``None`` without a closure.
@@ -308,11 +325,12 @@ class Rprop(Optimizer):
                 ``shared_loss``); if ``max_iter`` is more than 1 and the closure is missing or does not zero the
                 gradients; or if memory runs out. No parameter has moved then.
             TypeError: If a parameter with a gradient cannot be updated. No parameter has moved then.
-            ValueError: If ``loss`` is not one real number, or the closure's result is not although irprop+ or
-                ``retreat=True`` need it. No parameter has moved then.
+            ValueError: If ``loss`` is not a loss, or the closure's result is not although irprop+ or ``retreat=True``
+                need it; or if losses of members come with a parameter that they judge and whose first dimension is
+                another. No parameter has moved then.
         """
         if loss is not None:
-            check_number(loss)
+            check_loss(loss)
         max_iter = self.param_groups[0]["max_iter"]
         if closure is None and loss is None and not torch.compiler.is_compiling() and _makes_state(self):
             self._make_state()
@@ -327,14 +345,14 @@ class Rprop(Optimizer):
             return None
         with torch.enable_grad():
             first = closure() if max_iter == 1 else evaluate_checked(closure, self.param_groups)
-        self._move(first if loss is None else loss)
+        self._move(first if loss is None else loss, is_result=loss is None)
         before = first
         for _ in range(max_iter - 1):
             with torch.enable_grad():
                 again = closure()
             if self._is_done is not None and self._is_done(before, again):
                 break
-            self._move(again)
+            self._move(again, is_result=True)
             before = again
         return first
 
@@ -347,9 +365,11 @@ class Rprop(Optimizer):
                 keep_loss()
         self._unmoved.update(self.state)
 
-    def _move(self, loss: float | Tensor | None) -> None:
+    def _move(self, loss: float | Tensor | None, is_result: bool = False) -> None:
         """Move every parameter that has a gradient once, or none if that fails."""
         at_flips = [AT_FLIP[group["variant"]] for group in self.param_groups]
+        if is_per_member(loss):
+            loss = members_losses(self.param_groups, self.state, loss, is_result, self.shared_loss)
         check_step(self.param_groups, at_flips, self.state, loss, self.shared_loss)
         moves: list[Callable[[], None]] = []
         scratch: Scratch = {}
@@ -390,7 +410,7 @@ class Rprop(Optimizer):
     def _judge(self, loss: float | Tensor | None) -> tuple[list[bool | Tensor], list[bool | Tensor]]:
         """Return for each group whether it takes back its last move, and the distinct flags that may be true."""
         # without retreat=True, a closure may return anything
-        if loss is None or not is_number(loss) or is_surely_finite(loss):
+        if loss is None or not is_loss(loss) or is_surely_finite(loss):
             return [False] * len(self.param_groups), []
         by_default = not is_local(self.shared_loss)
         flags: list[bool | Tensor] = []
@@ -405,6 +425,7 @@ class Rprop(Optimizer):
 
     def _count_retreat(self, flag: bool | Tensor) -> None:
         if isinstance(flag, Tensor):
+            flag = flag.any()
             if not torch.compiler.is_compiling() and (is_transformed() or is_simulating()):
                 return  # the value is not known
             self.retreats = on_device(self.retreats, flag.device)
@@ -414,16 +435,22 @@ class Rprop(Optimizer):
         """Return whether the loss is worse than at the previous call, and a function that stores it for the next call.
 
         Everything stays on the loss's device. NaN and infinite losses count as the worst. The loss is stored as
-        "prev_loss" in the state of each parameter, one tensor shared by all, so that every checkpoint contains it.
+        "prev_loss" in the state of each parameter, one tensor shared by all, so that every checkpoint contains it. If
+        that holds another number of losses, there is no previous loss, as at the first call.
         """
         states = [self.state[p] for p in group["params"] if p in self.state]
         if loss is None or not states:
             return False, lambda: None  # nothing moves
-        now = whole(loss.detach()).reshape(()) if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+        now = whole(loss.detach()) if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+        now = now if is_per_member(now) else now.reshape(())
         worst = -torch.inf if group["maximize"] else torch.inf
         now = torch.where(now.isnan(), worst, now)
         before = next((state["prev_loss"] for state in states if "prev_loss" in state), None)
-        before = torch.full_like(now, worst) if before is None else before.to(now.device)
+        if isinstance(before, list):  # from a checkpoint
+            before = torch.tensor(before, dtype=wide_dtype(now.device), device=now.device)
+        if before is None or before.numel() != now.numel():
+            before = torch.full_like(now, worst)
+        before = before.to(now.device).reshape(now.shape)
         rose = (now < before if group["maximize"] else now > before) | (now == worst)
 
         def keep() -> None:
@@ -544,8 +571,9 @@ def rprop(
         etaplus: Factor of a step size after two equal signs.
         weight_decay: Factor of the parameter that is added to its gradient (default: 0).
         variant: The rule: ``"irprop-"``, ``"irprop+"``, ``"rprop-"`` or ``"rprop+"`` (default: ``"irprop-"``).
-        loss_rose: For ``"irprop+"``, whether the loss is worse than at the previous call: a bool, or a bool tensor that
-            broadcasts to every parameter (default: ``False``).
+        loss_rose: For ``"irprop+"``, whether the loss is worse than at the previous call: a bool, a bool tensor of one
+            element, or one of shape ``(n,)`` with a value for each member of parameters of shape ``(n, ...)``
+            (default: ``False``).
         retreat: Whether to take back the last move of every weight, shrink all step sizes and make no other move:
             likewise (default: ``False``).
 

@@ -102,7 +102,7 @@ BAD = {
     "variant": ({"variant": "foo"}, ValueError, r"Invalid variant: 'foo'. .* irprop-, irprop\+, rprop-, rprop\+"),
     "variant-enum": ({"variant": _Name.foo}, ValueError, "Invalid variant: 'foo'"),
     "variant-none": ({"variant": None}, ValueError, "Invalid variant: None"),
-    "max_iter-0": ({"max_iter": 0}, ValueError, "Invalid max_iter value: 0. max_iter must be an integer >= 1"),
+    "max_iter-0": ({"max_iter": 0}, ValueError, "max_iter must be an integer >= 1, got 0"),
     "max_iter-float": ({"max_iter": 1.5}, TypeError, r"max_iter must be an integer >= 1, got 1.5 \(float\)"),
     "retreat-text": ({"retreat": "yes"}, TypeError, "retreat must be one of True, False, None, got 'yes'"),
     "maximize-text": ({"maximize": "false"}, TypeError, "maximize must be one of True, False, got 'false'"),

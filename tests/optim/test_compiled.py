@@ -52,6 +52,14 @@ def test_retreat_is_bit_exact(backend):
     assert_compiled_is_same(backend, [torch.bfloat16, torch.float32], losses=(1.0, 2.0, torch.nan))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_members_are_bit_exact(backend):
+    """Each of the nine weights of a parameter is a member with its own losses."""
+    nan, inf = torch.nan, torch.inf
+    losses = ([1.0, 2.0, nan, 4.0, 5.0, inf, -inf, 2.0, nan], [2.0] * 9, [3.0, 1.0, 1.0, nan, 9.0, 1.0, 1.0, 3.0, nan])
+    assert_compiled_is_same(backend, [torch.bfloat16, torch.float32], losses=losses, variant="irprop+")
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_bit_exact(variant):
     assert_compiled_is_same("aot_eager", [torch.bfloat16, torch.float32], variant=variant, maximize=True)

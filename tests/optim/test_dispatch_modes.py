@@ -85,6 +85,18 @@ def test_meta_tensors_get_meta_state(options, path, max_iter):
             assert state["prev"].device.type == state["step_size"].device.type == "meta"
 
 
+@pytest.mark.parametrize("mode", [FakeTensorMode(), torch.device("meta")], ids=["fake", "meta"])
+def test_members_without_values_have_state(mode):
+    """Nothing reads the losses, not even state_dict()."""
+    with mode:
+        p = torch.nn.Parameter(torch.ones(4, 3))
+        optimizer = Rprop([p], variant="irprop+")
+        for _ in range(2):
+            p.grad = torch.ones(4, 3)
+            optimizer.step(loss=torch.ones(4))
+        assert optimizer.state_dict()["state"][0]["prev_loss"].shape == (4,)
+
+
 @BY_PATH
 def test_fake_tensors_work_outside_their_mode(path):
     with FakeTensorMode() as mode:
@@ -116,12 +128,13 @@ def test_mem_tracker_sees_the_state(fused):
 
 @BY_PATH
 @pytest.mark.parametrize("variant", ["irprop-", "irprop+", "rprop+"])
-def test_traced_step_gives_the_same_bits(variant, path):
+@pytest.mark.parametrize("loss", [2.0, [2.0, torch.nan]], ids=["loss", "members"])
+def test_traced_step_gives_the_same_bits(loss, variant, path):
     net = torch.nn.Linear(4, 2)
     optimizer = Rprop(net.parameters(), variant=variant, weight_decay=0.1, **path)
     x = torch.randn(5, 4)
     net(x).square().sum().backward()
-    optimizer.step(loss=torch.tensor(1.0))
+    optimizer.step(loss=torch.ones_like(torch.tensor(loss)))
 
     def step(params, state, loss):
         with stateless._reparametrize_module(net, params), swap_in_optimizer_params_and_state(optimizer, params, state):
@@ -133,7 +146,7 @@ def test_traced_step_gives_the_same_bits(variant, path):
 
     def fresh():
         params = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
-        return params, copy.deepcopy(optimizer.state_dict()), torch.tensor(2.0)
+        return params, copy.deepcopy(optimizer.state_dict()), torch.tensor(loss)
 
     graph = make_fx(step)(*fresh())
     with torch.no_grad():

@@ -221,12 +221,19 @@ def test_choice_depends_on_options(options, expected, chosen):
     assert optimizer.param_groups[0]["foreach"] is options.get("foreach")
 
 
-def test_choice_depends_on_loss_shape(chosen):
-    """The kernel supports one loss for all rows; the plain loop takes one loss per row."""
-    p, g = torch.zeros(3, 2), torch.ones(3, 2)
-    for loss_rose in (torch.tensor(True), torch.tensor([True]), torch.tensor([[True], [False], [True]])):
+def test_members_need_pieces_of_memory(chosen):
+    """The kernel supports one loss for all rows, and one per row unless the rows are interleaved in memory."""
+    for p, loss_rose in (
+        (torch.zeros(3, 2), torch.tensor(True)),
+        (torch.zeros(3, 2), torch.tensor([True])),
+        (torch.zeros(3, 2), torch.tensor([True, False, True])),
+        (channels_last(3, 2, 2, 2), torch.tensor([True, False, True])),
+        (torch.zeros(3, 0), torch.tensor([True, False, True])),
+        (torch.zeros(2, 3).T, torch.tensor([True, False, True])),
+    ):
+        g = torch.ones_like(p)
         rprop(
             [p], [g], [g.clone().neg()], [g.clone()], [torch.zeros(())], loss_rose=loss_rose, variant="irprop+",
             step_size_min=1e-6, step_size_max=50, etaminus=0.5, etaplus=1.2,
         )  # fmt: skip
-    assert chosen == {KERNEL: 2, "update": 1}
+    assert chosen == {KERNEL: 5, "update": 1}

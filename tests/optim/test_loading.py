@@ -17,7 +17,13 @@ DAMAGE = {
     "prev_loss-number": ("prev_loss", 0.5, "its prev_loss is 0.5, not a tensor with one real number"),
     "prev_loss-text": ("prev_loss", "low", "its prev_loss is 'low', not a tensor with one real number"),
     "prev_loss-none": ("prev_loss", None, "its prev_loss is None, not a tensor"),
-    "prev_loss-size": ("prev_loss", torch.ones(2), r"its prev_loss is torch.float32 \(2,\), not a tensor with one"),
+    "prev_loss-size": (
+        "prev_loss",
+        torch.ones(3),
+        r"its prev_loss is torch.float32 \(3,\), not a tensor with one real number, or 2 of them, one for each member",
+    ),
+    "prev_loss-list": ("prev_loss", [0.5] * 3, r"its prev_loss is \[0.5, 0.5, 0.5\], not a tensor with one"),
+    "prev_loss-texts": ("prev_loss", ["low"] * 2, r"its prev_loss is \['low', 'low'\], not a tensor with one"),
     "prev_loss-complex": (
         "prev_loss",
         torch.tensor(1j),

@@ -72,10 +72,10 @@ NUMBA_MUTANTS = {
     "zero product counts as a flip": ("flipped = agreement < zero", "flipped = agreement <= zero"),
     "factors swapped": ("etaplus if agreement > zero else etaminus", "etaminus if agreement > zero else etaplus"),
     "step adapted after the move": ("distance = before if flipped and take_back else step_size", "distance = before"),
-    "no upper bound": ("step_size = step_size_max if step_size > step_size_max else step_size", "pass"),
-    "no lower bound": ("step_size = step_size_min if step_size < step_size_min else step_size", "pass"),
+    "no upper bound": ("return high if x > high else x", "return x"),
+    "no lower bound": ("x = low if x < low else x", "pass"),
     "maximize ignored": ("if maximize:", "if False:"),
-    "last element of a row left out": ("min(end - start, sizes[row])", "min(end - start, sizes[row] - 1)"),
+    "last element of a row left out": ("min(end - start, size)", "min(end - start, size - 1)"),
 }
 TRITON_MUTANTS = {
     "gradient not zeroed after a flip": ("grad = tl.where(flipped, 0.0, grad)", "pass"),

@@ -11,7 +11,7 @@ from tapes import INF, NAN, comparable, descend, round_gradients, rprop_rows, tw
 from twin import ROUND
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim import _foreach, _loss, _numba, _rule
+from lightning_rprop.optim import _foreach, _loss, _rule
 
 rprop_module = importlib.import_module("lightning_rprop.optim.rprop")
 
@@ -90,8 +90,17 @@ TRITON_MUTANTS = {
     "does not shrink": ("agreement = tl.where(retreat, -1.0, agreement)", "pass"),
     "does not forget": ("grad = tl.where(retreat, 0.0, grad)", "pass"),
 }
+NUMBA_MUTANTS = {
+    "no move back": ("sign_of(-widen(prevs[i])) * step_size", "zero"),
+    "wrong direction": ("sign_of(-widen(prevs[i]))", "sign_of(widen(prevs[i]))"),
+    "takes back by the shrunk step size": ("* step_size)\n", "* step_size * etaminus)\n"),
+    "does not shrink": ("narrow(step_size * etaminus)", "narrow(step_size)"),
+    "does not forget": ("prevs[i] = narrow(zero)\n", "pass\n"),
+}
 if INTERPRETED:
     MUTANTS = {fused_kernel: TRITON_MUTANTS}
+else:
+    MUTANTS[fused_kernel] = NUMBA_MUTANTS
 
 
 @pytest.mark.parametrize(
@@ -102,12 +111,6 @@ def test_bad_losses_detect_wrong_code(module, mutation, monkeypatch):
     foreach = {_rule: False, _foreach: True}.get(module)
     use_mutant(monkeypatch, module, MUTANTS[module][mutation])
     assert any(differs_from_twin(torch.float64, variant, foreach=foreach) for variant in VARIANTS)
-
-
-def test_numba_path_can_retreat(monkeypatch):
-    """By the readable implementation."""
-    monkeypatch.setattr(_numba, "update", lambda *_, **__: lambda: None)
-    assert differs_from_twin(torch.float64, "irprop-", foreach=None)
 
 
 @BY_PATH

@@ -63,7 +63,7 @@ WRONG_CODE = {
     ),
     "takes back if the loss fell": (
         ("~take_back", "take_back"),
-        ("& ~take_back", "& take_back"),
+        ("& ~along", "& along"),
         ("forget and not take_back", "forget and take_back"),
         ("take_back == 0", "take_back != 0"),
     ),

@@ -103,6 +103,24 @@ def test_private_modules_are_not_imported():
 # ---------------------------------------------------------------------------------------------- what each name does
 
 
+def test_nested_structures_are_mapped():
+    nested = ([1, {"a": None}], (2,))
+    assert _torch.tree_leaves(nested) == [1, None, 2]
+    assert _torch.tree_map(lambda x, y: (x, y), nested, nested) == ([(1, 1), {"a": (None, None)}], ((2, 2),))
+
+
+def test_shared_contents_keep_modules_equal():
+    net, other = torch.nn.BatchNorm1d(3), torch.nn.Module()
+    for name in _torch.MODULE_CONTENTS:
+        vars(other)[name] = vars(net)[name]
+    net.double().register_buffer("new", torch.ones(1), persistent=False)
+    net.add_module("child", torch.nn.Linear(1, 1))
+    assert [*other.state_dict()] == [*net.state_dict()]
+    assert other.get_parameter("child.weight") is net.child.weight
+    assert [name for name, _ in _torch.tensor_dicts(net)] == ["", "", "child", "child"]
+    assert [*_torch.tensor_dicts(net)[1][1]] == ["running_mean", "running_var", "num_batches_tracked", "new"]
+
+
 def test_is_watched_inside_a_mode_only():
     assert not _torch.is_watched()
     with TorchDispatchMode():

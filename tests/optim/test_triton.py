@@ -23,6 +23,7 @@ FILES = (
     "test_step_loss.py",
     "test_fused.py",
     "test_fused_steps.py",
+    "test_members.py",
 )
 
 
@@ -93,9 +94,14 @@ def test_kernel_compiles_for_a_gpu(dtype, flag):
         "MAXIMIZE": True,
         "FORGET": True,
         "TAKE_BACK": False,
+        "BY_MEMBER": flag == "*i1",
     }
     flags = ("take_back_at", "retreat_at")
-    types = {"table": "*i64", "rows": "i32"} | dict.fromkeys(flags, flag) | dict.fromkeys(fixed, "constexpr")
+    types = (
+        {"table": "*i64", "rows": "i32", "members": "i32"}
+        | dict.fromkeys(flags, flag)
+        | dict.fromkeys(fixed, "constexpr")
+    )
     values = fixed if flag != "constexpr" else fixed | dict.fromkeys(flags)
     source = ASTSource(_triton._kernel, types, constexprs=values, attrs={(0,): [["tt.divisibility", 16]]})
     kernel = compile(source, GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": False})

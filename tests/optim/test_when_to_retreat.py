@@ -144,12 +144,13 @@ def test_parameter_outside_the_loss_stays():
 @pytest.mark.parametrize("retreat", [True, None, False])
 def test_wrong_losses_are_refused(retreat):
     w, _, after, optimizer = moved(retreat=retreat)
-    for wrong in (torch.ones(2), "0.5", torch.ones(0), torch.ones((), dtype=torch.complex64)):
-        with pytest.raises(ValueError, match="loss must be a number or a tensor of one element, got"):
+    complex_losses = torch.ones(3, dtype=torch.complex64)
+    for wrong in (torch.ones(3, 1), "0.5", torch.ones(0), complex_losses[0], complex_losses):
+        with pytest.raises(ValueError, match="loss must be a number, a tensor of one element, or"):
             optimizer.step(loss=wrong)
     if retreat:
-        with pytest.raises(ValueError, match="loss must be a number or a tensor of one element, got"):
-            optimizer.step(lambda: torch.ones(2))
+        with pytest.raises(ValueError, match="loss must be a number, a tensor of one element, or"):
+            optimizer.step(lambda: torch.ones(3, 1))
     assert torch.equal(w, after)
     assert optimizer.state[w]["step"] == 1
 
