@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_rprop.full_batch.loader import FullBatchLoader
     from lightning_rprop.monitor.callback import StepSizeMonitor
     from lightning_rprop.optim.rprop import Rprop
+    from lightning_rprop.stacked.module import Stacked
 
 __all__ = [
     "BestWeights",
@@ -35,6 +36,7 @@ __all__ = [
     "KeepBestConf",
     "Rprop",
     "RpropConf",
+    "Stacked",
     "StepSizeMonitor",
     "StepSizeMonitorConf",
     "__version__",
@@ -53,6 +55,7 @@ _MODULE_OF = {
     "KeepBestConf": "lightning_rprop.config",
     "Rprop": "lightning_rprop.optim.rprop",
     "RpropConf": "lightning_rprop.config",
+    "Stacked": "lightning_rprop.stacked.module",
     "StepSizeMonitor": "lightning_rprop.monitor.callback",
     "StepSizeMonitorConf": "lightning_rprop.config",
     "hydra_ddp": "lightning_rprop._hydra_ddp.ddp",
@@ -69,7 +72,7 @@ def __getattr__(name: str) -> Any:
             raise
         message = (
             f"lightning_rprop.{name} needs Lightning, which is not installed: pip install lightning. "
-            "Rprop, BestWeights, Convergence and the Hydra configs work without it."
+            "Rprop, BestWeights, Convergence, Stacked and the Hydra configs work without it."
         )
         raise ModuleNotFoundError(message, name=error.name) from error
     value = getattr(module, name)

@@ -19,8 +19,14 @@ _KEYS = torch._C._TorchDispatchModeKey
 _SIMULATING = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)  # FakeTensorMode, make_fx, functionalization
 _SIMULATED = frozenset({"FakeTensor", "FunctionalTensor"})
 
+# Nested inputs and outputs, for which torch has no public functions.
+tree_leaves, tree_map = torch.utils._pytree.tree_leaves, torch.utils._pytree.tree_map
+
 # The attribute that marks the parameters of FullyShardedDataParallel (version 1), which have the ordinary type.
 FSDP_MARK = "_fsdp_flattened"
+
+# The dicts of a module that hold its tensors and submodules. Two modules that share them stay equal.
+MODULE_CONTENTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 # Prefixes that torch.compile and FSDP insert into parameter names.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
@@ -72,6 +78,16 @@ def plain_name(name: str) -> str:
 def buffer_dicts(module: nn.Module) -> list[dict[str, Tensor | None]]:
     """Return the dicts that hold the buffers of a module and its submodules, where an assigned buffer is replaced."""
     return [each._buffers for each in module.modules()]
+
+
+def tensor_dicts(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """Return the dicts that hold the parameters and the buffers of a module and its submodules, with their prefixes.
+
+    Unlike with ``named_parameters()``, a parameter can be replaced, and tied ones are found in each place.
+    """
+    return [
+        (name, each_dict) for name, each in module.named_modules() for each_dict in (each._parameters, each._buffers)
+    ]
 
 
 def has_gradient_hooks(param: Tensor) -> bool:

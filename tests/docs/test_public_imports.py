@@ -13,6 +13,7 @@ NAMES = {
     "lightning_rprop.convergence": ["Converged", "Convergence"],
     "lightning_rprop.optim": ["Rprop", "rprop"],
     "lightning_rprop.full_batch": ["FullBatch", "FullBatchLoader"],
+    "lightning_rprop.stacked": ["Stacked"],
     "lightning_rprop.monitor": ["StepSizeMonitor", "plot_run"],
     "lightning_rprop.config": ["ConvergedConf", "FullBatchConf", "KeepBestConf", "RpropConf", "StepSizeMonitorConf"],
 }
@@ -27,6 +28,7 @@ MODULES = {
     "lightning_rprop.monitor.callback",
     "lightning_rprop.monitor.plot",
     "lightning_rprop.monitor.__main__",
+    "lightning_rprop.stacked.module",
 }
 
 

@@ -22,7 +22,7 @@ def test_missing_lightning_error_says_so(name, tmp_path):
     error = run(tmp_path, "-c", f"{HIDE}\nfrom lightning_rprop import {name}", fails=True)
     assert error.splitlines()[-1] == (
         f"ModuleNotFoundError: lightning_rprop.{name} needs Lightning, which is not installed: pip install lightning. "
-        "Rprop, BestWeights, Convergence and the Hydra configs work without it."
+        "Rprop, BestWeights, Convergence, Stacked and the Hydra configs work without it."
     )
 
 
