@@ -26,6 +26,9 @@ class KeepBest(Callback):
     whole data set counts, also those within a step of ``max_iter`` or ``torch.optim.LBFGS``. With ``maximize=True`` of
     the optimizer, the highest loss is the best. The loss is logged as ``best/loss`` in every step.
 
+    If ``training_step`` returns losses of the members of a :class:`~lightning_rprop.Stacked` as ``member_losses``, each
+    member ends with its own best weights. ``best/loss`` is then the best of all members.
+
     The weights are all parameters and buffers of the module. They are restored after the other callbacks have ended:
     after early stopping, ``max_time``, Ctrl-C and other exceptions too. ``last.ckpt`` and other checkpoints therefore
     hold the state from which a run resumes, not the best weights. They hold the best weights so far as well, in the
@@ -36,9 +39,10 @@ class KeepBest(Callback):
         restore: Whether to restore the best weights; ``False`` only finds and logs the best loss.
 
     Attributes:
-        best_loss: The best loss of the fit; ``inf`` before the first (``-inf`` with ``maximize=True``).
+        best_loss: The best loss of the fit; ``inf`` before the first (``-inf`` with ``maximize=True``). With members, a
+            float64 tensor of shape ``(n,)``.
         best_step: ``trainer.global_step`` when it was evaluated, the number of optimizer steps before; ``None`` before
-            the first.
+            the first. With members, an int64 tensor of shape ``(n,)``, in which members without a finite loss have -1.
 
     Raises:
         ValueError: If ``restore`` is not a bool.
@@ -64,19 +68,19 @@ class KeepBest(Callback):
 
     def _reset(self) -> None:
         self._best: BestWeights | None = None  # during a fit
-        self._found: tuple[float, int | None] = math.inf, None  # after it
+        self._found: tuple[float | Tensor, int | Tensor | None] = math.inf, None  # after it
         self._sign = 1  # of the loss that is minimized
         self._replace: Callable[[Tensor], None] | None = None  # the logged value, once it was logged in this epoch
         self._restored: dict[str, Any] | None = None
 
     @property
-    def best_loss(self) -> float:
-        """The best loss of the fit; reading it during the fit waits for the accelerator."""
+    def best_loss(self) -> float | Tensor:
+        """The best loss of the fit, or of each member; reading it during the fit waits for the accelerator."""
         return self._sign * (self._found[0] if self._best is None else self._best.loss)
 
     @property
-    def best_step(self) -> int | None:
-        """The number of optimizer steps before the best loss."""
+    def best_step(self) -> int | Tensor | None:
+        """The number of optimizer steps before the best loss, or before that of each member."""
         return self._found[1] if self._best is None else self._best.step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -115,8 +119,8 @@ class KeepBest(Callback):
         Not in on_train_batch_end, because that of this callback comes after that of ModelCheckpoint.
         """
         if self._best is not None and self._replace is None:
-            loss = self._sign * self._best._loss
-            value = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+            loss = self._best._loss
+            value = self._sign * (loss.min() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64))
             pl_module.log("best/loss", value, on_step=True, on_epoch=False, batch_size=1)
             self._replace = replace_logged(trainer, "on_before_optimizer_step", "best/loss")
 
@@ -183,7 +187,7 @@ class KeepBest(Callback):
         self._best._update(loss if self._sign > 0 else -loss, step)
         now = self._best._loss
         if self._replace is not None and now is not before:
-            self._replace(self._sign * now if isinstance(now, Tensor) else loss)
+            self._replace(self._sign * now.min() if isinstance(now, Tensor) else loss)
 
     def _finish(self) -> None:
         """Restore the best weights, if any, and keep only their loss and step."""

@@ -2,12 +2,13 @@
 
 import strategy_ranks
 import torch
-from best_ranks import EVERY, RESUMED, STAGES, STEPS, STRATEGIES, WORLDS
+from best_ranks import EVERY, RESUMED, STAGES, STEPS, STRATEGIES, WORLDS, member_losses, member_params
+from best_walks import move
 from programs import HELPERS, run
 from strategy_ranks import OPTIONS, ROWS_OPTIONS, SAMPLES, VARIANTS, Rows, Towers, small_numbers
 from whole_set import whole_numbers
 
-from lightning_rprop import Rprop
+from lightning_rprop import BestWeights, Rprop
 
 
 def best_of(net, data, options, steps):
@@ -51,6 +52,28 @@ def test_ranks_end_at_the_best_of_one_process(tmp_path):
             assert output.item() == 5 * 2 * (3 * 2 + 2) + 2  # all parameters are 2
             assert [tensor.shape for tensor in tensors] == [(5, 3), (5,), (1, 5), (1,)]
             assert all((tensor == 2).all() for tensor in tensors)
+    for world in WORLDS:
+        for rank in range(world):
+            seen = torch.load(tmp_path / f"members-{world}-{rank}.pt")
+            assert len(seen) == 4
+            for (n, _), found in seen.items():
+                assert_best_members(n, found)
+
+
+def assert_best_members(n, found):
+    """Assert that members spread over ranks have ended as those of one process."""
+    params = member_params(n)
+    best = BestWeights(params)
+    for losses in member_losses(n):
+        best.update(losses)
+        move(params)
+    kept = best.state_dict()["tensors"]
+    best.restore()
+    assert found["found"][0].tolist() == best.loss.tolist()
+    assert found["found"][1].tolist() == best.step.tolist()
+    assert all(map(torch.equal, found["params"], params))
+    assert all(map(torch.equal, found["again"], kept))
+    assert all(map(torch.equal, [param[:-1] for param in found["apart"]], [param[:-1] for param in params]))
 
 
 def test_deepspeed_stages_end_at_the_best(tmp_path):

@@ -7,11 +7,13 @@ import sys
 import deepspeed_ranks
 import forks
 import torch
+from best_walks import move
 from lightning.pytorch.callbacks import ModelCheckpoint
 from on_cpu import DeepSpeedOnCPU
 from strategy_ranks import SAMPLES, Begin, Fit, loader, make, make_trainer, parameters, run, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from whole_set import whole_numbers
 
 from lightning_rprop import BestWeights, FullBatchLoader, KeepBest
@@ -20,6 +22,7 @@ from lightning_rprop.best import weights
 STRATEGIES = ("ddp", "zero", "fsdp2")
 STAGES = (1, 2, 3)  # of DeepSpeed ZeRO
 WORLDS = (2, 3)
+MEMBERS = (2, 5)  # fewer than ranks, and more
 STEPS, EVERY = 20, 9  # saves before and after the best step
 RESUMED = {1: (3, EVERY), 2: (3, 2 * EVERY), 3: (2, EVERY)}  # ranks that resume: the ranks that saved, and the step
 
@@ -83,6 +86,47 @@ def plain(rank, world):
     torch.distributed.destroy_process_group()
 
 
+def members(rank, world):
+    """Keep the best of members that are spread over the ranks, resume on others, and restore."""
+    torch.distributed.init_process_group("gloo")
+    mesh, seen = init_device_mesh("cpu", (world,)), {}
+
+    def spread(params):
+        return [torch.nn.Parameter(distribute_tensor(param, mesh, [Shard(0)])) for param in params]
+
+    for n in MEMBERS:
+        for place, on_host in (("host", True), ("device", False)):
+            weights.is_on_host = lambda tensor, on_host=on_host: on_host
+            params, others = spread(member_params(n)), member_params(n)
+            best, apart, again = BestWeights(params), BestWeights(others), BestWeights(spread(member_params(n)))
+            for losses in member_losses(n):
+                best.update(losses if on_host else distribute_tensor(losses, mesh, [Shard(0)]))
+                move(params)
+            apart.load_state_dict(best.state_dict())  # as a checkpoint of another number of ranks
+            again.load_state_dict(apart.state_dict())
+            best.restore()
+            apart.restore()
+            seen[n, place] = {
+                "found": (best.loss, best.step),
+                "params": [param.detach().full_tensor() for param in params],
+                "apart": others,
+                "again": again.state_dict()["tensors"],
+            }
+    torch.save(seen, f"members-{world}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def member_params(n):
+    return [torch.arange(n * 6.0).reshape(n, 3, 2), torch.zeros(n)]
+
+
+def member_losses(n):
+    """Return losses of each update; the last member never has a finite one."""
+    losses = torch.randn(6, n, generator=torch.Generator().manual_seed(n))
+    losses[:, -1] = torch.nan
+    return losses
+
+
 def deepspeed(rank, world):
     """Train and resume in each ZeRO stage."""
     seen = {}
@@ -107,3 +151,5 @@ if __name__ == "__main__":
     for world, (saved_on, step) in RESUMED.items():
         run("resume", world, resume, [f"{name}-{saved_on}-{step}" for name in STRATEGIES])
     forks.run(2, plain)
+    for world in WORLDS:
+        forks.run(world, members)
