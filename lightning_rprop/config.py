@@ -92,6 +92,7 @@ class ConvergedConf:
     tolerance_step: Optional[float] = None
     patience: int = 10
     every_n_steps: int = 10
+    members: str = "all"
 
 
 # Group and name -> content. Each callback has its own key, so that an app can use several.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_rprop._lightning import attributes_of, callbacks_called, has_no_optimizer, innermost
-from lightning_rprop.convergence.criteria import Convergence, check_count, is_rprop
+from lightning_rprop.convergence.criteria import Convergence, is_rprop
+from lightning_rprop.optim._checks import check_count
 from lightning_rprop.optim._sharding import whole
 
 
@@ -27,12 +29,17 @@ class Converged(Callback):
     whole data set: use :class:`~lightning_rprop.FullBatch`, or a loop whose batch is the whole set. Without FullBatch,
     the losses of the ranks are averaged.
 
+    If ``training_step`` returns losses of the members of a :class:`~lightning_rprop.Stacked` as ``member_losses``, each
+    member is judged by its own loss, gradients and step sizes. A member that has converged counts as converged from
+    then on. A member whose loss is NaN or infinite for ``patience`` steps in a row does not count.
+
     All ranks stop at the same step, also with sharded parameters. The reason is printed. ``min_steps`` and
     ``min_epochs`` of the Trainer are respected. A step that a GradScaler skips does not count.
 
     While the fit runs, the ``max_iter`` loop of :class:`~lightning_rprop.Rprop` ends early where that of
     :class:`torch.optim.LBFGS` would: when the gradient is small, or the loss changed little between two evaluations.
-    LBFGS itself has its own tolerances.
+    LBFGS itself has its own tolerances. With members and FullBatch, it ends when all of them have reached that, or when
+    the best one has.
 
     Args:
         tolerance_change: Largest change of the loss, relative to the loss; ``None`` disables the criterion.
@@ -42,10 +49,12 @@ class Converged(Callback):
         patience: Number of optimizer steps in a row in which a criterion must hold, not always the same one.
         every_n_steps: On an accelerator, how often the result is copied to the host, which waits for the device. The
             run stops at the next such step. On the CPU every step is checked.
+        members: Which members must have converged if there is a loss for each: ``"all"``, or ``"best"``, the one with
+            the lowest loss at this step (the highest with ``maximize=True`` of the optimizer).
 
     Raises:
-        ValueError: If a tolerance is negative or not finite, if all are ``None``, or if ``patience`` or
-            ``every_n_steps`` is below 1.
+        ValueError: If a tolerance is negative or not finite, if all are ``None``, if ``patience`` or ``every_n_steps``
+            is below 1, or if ``members`` is unknown.
         TypeError: If an argument has the wrong type.
         MisconfigurationException: At the start of ``fit``, if the module optimizes manually or has no optimizer or
             several; if the Trainer accumulates gradients; if ``tolerance_step`` is set and the optimizer is no Rprop;
@@ -64,11 +73,13 @@ class Converged(Callback):
         tolerance_step: float | None = None,
         patience: int = 10,
         every_n_steps: int = 10,
+        members: Literal["all", "best"] = "all",
     ) -> None:
         super().__init__()
-        self._criteria = Convergence(tolerance_change, tolerance_grad, tolerance_step, patience)
+        self._criteria = Convergence(tolerance_change, tolerance_grad, tolerance_step, patience, members)
         has_inside = tolerance_change is not None or tolerance_grad is not None
-        self._inside = Convergence(tolerance_change, tolerance_grad) if has_inside else None  # of max_iter
+        # of max_iter
+        self._inside = Convergence(tolerance_change, tolerance_grad, members=members) if has_inside else None
         self.every_n_steps = check_count("every_n_steps", every_n_steps)
         self._is_fit = False
         self._release()
@@ -137,7 +148,7 @@ class Converged(Callback):
         has_stepped, self._has_stepped = self._has_stepped, False
         if not has_stepped:
             return
-        step, loss = trainer.global_step, outputs["loss"]
+        step, loss = trainer.global_step, outputs.get("member_losses", outputs["loss"])
         self._criteria._observe(self._shared(trainer, loss), trainer.optimizers[0], step)
         if not isinstance(self._criteria._end, Tensor) or step % self.every_n_steps == 0:
             self._stop_if_converged(trainer)
@@ -198,10 +209,11 @@ class Converged(Callback):
         """Return whether Rprop's ``max_iter`` ends before the move by the gradient of this loss."""
         assert self._inside is not None
         before, loss = self._shared(trainer, before), self._shared(trainer, loss)
-        _, which = self._inside._compare(before, loss, trainer.optimizers[0])
+        now, which = self._inside._compare(before, loss, trainer.optimizers[0])
         self._is_done = self._is_done | which
         self._evaluations += 1
-        return (not isinstance(which, Tensor) or self._evaluations % self.every_n_steps == 0) and bool(self._is_done)
+        ended, _ = self._inside._decide(now, self._is_done, math.inf, trainer.optimizers[0])
+        return (not isinstance(ended, Tensor) or self._evaluations % self.every_n_steps == 0) and bool(ended)
 
     def _shared(self, trainer: pl.Trainer, loss: Tensor) -> Tensor:
         """Return the mean of the ranks' losses, which is the same number on all of them."""

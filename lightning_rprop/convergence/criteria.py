@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_rprop.convergence._small import are_small
-from lightning_rprop.optim._loss import check_number
+from lightning_rprop.optim._checks import check_count
+from lightning_rprop.optim._loss import check_loss
+from lightning_rprop.optim._members import check_members, check_same_members, is_frozen, is_per_member
 from lightning_rprop.optim._sharding import is_on_host, whole, wide_dtype
 
 # The criteria, as bits.
 _CHANGE, _GRAD, _STEP = 1, 2, 4
 _SHIFT = 3
+# What the state holds, besides the options and the step.
+_KEPT = ("before", "held", "which", "lost", "found", "end", "who")
 
 
 class Convergence:
@@ -32,6 +36,10 @@ class Convergence:
     are those of :class:`torch.optim.LBFGS`, except that LBFGS compares the absolute change of the loss, and has no
     patience.
 
+    With losses of shape ``(n,)`` for the members of :class:`~lightning_rprop.Stacked`, each member is judged by its own
+    loss, gradients and step sizes, and has its own count of steps. A member that has converged counts as converged from
+    then on. A member whose loss is NaN or infinite for ``patience`` steps in a row does not count.
+
     For parameters on the CPU the comparisons run on the host. Otherwise they run on the parameters' device, and an
     update copies one number to the host.
 
@@ -41,9 +49,12 @@ class Convergence:
             imaginary parts of a complex entry count separately. ``None`` disables the criterion.
         tolerance_step: Largest step size of Rprop, in the unit of the weights; ``None`` disables the criterion.
         patience: Number of steps in a row in which a criterion must hold, not always the same one.
+        members: Which members must have converged if there is a loss for each: ``"all"``, or ``"best"``, the one with
+            the lowest loss at this step (the highest if the parameter groups have ``maximize=True``).
 
     Raises:
-        ValueError: If a tolerance is negative or not finite, if all are ``None``, or if ``patience`` is below 1.
+        ValueError: If a tolerance is negative or not finite, if all are ``None``, if ``patience`` is below 1, or if
+            ``members`` is unknown.
         TypeError: If a tolerance is not a number, or ``patience`` is not an integer.
 
     Example:
@@ -69,6 +80,7 @@ class Convergence:
         tolerance_grad: float | None = 1e-7,
         tolerance_step: float | None = None,
         patience: int = 10,
+        members: Literal["all", "best"] = "all",
     ) -> None:
         self.tolerance_change = _tolerance("tolerance_change", tolerance_change)
         self.tolerance_grad = _tolerance("tolerance_grad", tolerance_grad)
@@ -79,14 +91,21 @@ class Convergence:
                 "at least one, for example tolerance_change=1e-9."
             )
         self.patience = check_count("patience", patience)
+        if members not in ("all", "best"):
+            raise ValueError(f"members must be 'all' or 'best', got {members!r}.")
+        self.members = members
         self._reset()
 
     def _reset(self) -> None:
-        # numbers; after an update with parameters on an accelerator, tensors of one element
+        # numbers; after an update with parameters on an accelerator, tensors of one element; with members, of n
         self._before: float | Tensor = math.nan  # the loss of the last step
         self._held: int | Tensor = 0  # the number of steps in a row in which a criterion held
         self._which: int | Tensor = 0  # the criteria that held in these steps
+        self._lost: int | Tensor = 0  # of members: the number of steps in a row without a finite loss
+        self._found: int | Tensor = 0  # the criteria by which it has converged
+        # never of n
         self._end: int | Tensor = 0  # the step of convergence and the criteria, as one number
+        self._who: int | Tensor = 0  # the number of members that counted then, or the best one
         self._step = 0
 
     def update(self, loss: float | Tensor, params: Any) -> bool:
@@ -95,18 +114,21 @@ class Convergence:
         Call it once after each step, but not after a step that a GradScaler has skipped, which changes no loss.
 
         Args:
-            loss: The loss whose gradient the step used, a real number or a tensor of one element. Several processes
-                must pass the same loss.
+            loss: The loss whose gradient the step used, a real number or a tensor of one element; or the losses of n
+                members, a tensor of shape ``(n,)``. Several processes must pass the same loss.
             params: The optimizer, its parameter groups, or parameters. Their gradients are read from ``grad``;
                 parameters without one are left out. Values of DTensors, of FullyShardedDataParallel and of
-                ZeroRedundancyOptimizer are compared over all processes, by an all-reduce of two numbers.
+                ZeroRedundancyOptimizer are compared over all processes, by an all-reduce of two numbers (for each
+                member).
 
         Returns:
             Whether the run has converged; once true, it stays true.
 
         Raises:
-            ValueError: If the loss is not one real number, if there are no parameters, or if ``tolerance_step`` is
-                set and ``params`` is not an Rprop. Nothing is recorded then.
+            ValueError: If the loss is not one real number, nor one for each member; if the number of members has
+                changed, or a parameter's first dimension is not that number; if there are no parameters; if
+                ``tolerance_step`` is set and ``params`` is not an Rprop; or if the best member is unknown because only
+                some groups have ``maximize=True``. Nothing is recorded then.
             TypeError: If ``params`` contains something other than parameters. Nothing is recorded then.
         """
         if self.tolerance_step is not None and not is_rprop(params):
@@ -129,22 +151,29 @@ class Convergence:
             _GRAD: f"no gradient entry was larger than {self.tolerance_grad}",
             _STEP: f"no step size was larger than {self.tolerance_step}",
         }
-        when = f"for {self.patience} steps in a row, up to" if self.patience > 1 else "at"
-        return f"{' or '.join(text for bit, text in texts.items() if which & bit)} {when} step {step}"
+        what = " or ".join(text for bit, text in texts.items() if which & bit)
+        row, at = (f" for {self.patience} steps in a row", ", up to") if self.patience > 1 else ("", " at")
+        return f"{what}{row}{self._where()}{at} step {step}"
+
+    def _where(self) -> str:
+        """Return the members that have converged, in words; nothing if there is one loss."""
+        if not is_per_member(self._before):
+            return ""
+        n, who = len(self._before), int(self._who)
+        if self.members == "best":
+            return f" in the best member ({who})"
+        return f" in all {n} members" if who == n else f" in {who} of {n} members (the others have no finite loss)"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain numbers, so that a resumed run converges at the same step."""
+        """Return the state as plain numbers and lists, so that a resumed run converges at the same step."""
         return {
-            "options": [self.tolerance_change, self.tolerance_grad, self.tolerance_step, self.patience],
+            "options": [self.tolerance_change, self.tolerance_grad, self.tolerance_step, self.patience, self.members],
             "step": self._step,
-            "before": float(self._before),
-            "held": int(self._held),
-            "which": int(self._which),
-            "end": int(self._end),
+            **{name: _plain(getattr(self, f"_{name}")) for name in _KEPT},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state. If it was saved with other tolerances or patience, the steps in a row count from 0 again.
+        """Load a state. If it was saved with other options, the steps in a row count from 0 again.
 
         Args:
             state_dict: The result of ``state_dict()``.
@@ -155,47 +184,83 @@ class Convergence:
         own = self.state_dict()
         if absent := [key for key in own if key not in state_dict]:
             raise ValueError(f"The state has no {', '.join(absent)}. Load a state saved by Convergence.")
-        self._step, self._before = state_dict["step"], state_dict["before"]
         is_same = [*state_dict["options"]] == own["options"]
-        self._held, self._which, self._end = (state_dict[key] if is_same else 0 for key in ("held", "which", "end"))
+        self._reset()
+        self._step = state_dict["step"]
+        for name in _KEPT if is_same else ("before",):
+            value = state_dict[name]
+            dtype = torch.float64 if name == "before" else torch.int64
+            setattr(self, f"_{name}", torch.tensor(value, dtype=dtype) if isinstance(value, list) else value)
 
     def _observe(self, loss: float | Tensor, params: Any, step: int) -> None:
         """Record a step, without copying anything from an accelerator to the host."""
         now, which = self._compare(self._before, loss, params)
+        held, earlier, lost, found = self._held, self._which, self._lost, self._found
+        if is_per_member(now):
+            held, earlier, lost, found = (torch.as_tensor(x, device=now.device) for x in (held, earlier, lost, found))
+            lost = (lost + 1) * ~(now.abs() < math.inf)
         holds = which > 0
-        self._held = (self._held + 1) * holds
-        self._which = (self._which | which) * holds
-        is_first = (self._end == 0) * (self._held >= self.patience)
-        self._end = self._end + is_first * ((step << _SHIFT) + self._which)
+        held = (held + 1) * holds
+        which = (earlier | which) * holds
+        found = found + (found == 0) * (held >= self.patience) * which
+        ended, who = self._decide(now, found, lost, params)
+        is_first = (self._end == 0) * (ended > 0)
+        self._end = self._end + is_first * ((step << _SHIFT) + ended)
+        self._who = self._who + is_first * who
+        self._held, self._which, self._lost, self._found = held, which, lost, found
         self._before, self._step = now, step
 
     def _compare(self, before: float | Tensor, loss: float | Tensor, params: Any) -> tuple[Any, Any]:
-        """Return the loss, and the criteria that hold now; both are tensors if the parameters are on an accelerator."""
+        """Return the loss, and the criteria that hold now; both are tensors if the parameters are on an accelerator.
+
+        With members, both are tensors of shape ``(n,)`` on the parameters' device.
+        """
         tensors = _tensors(params)
         now = _number(loss, tensors[0])
-        last = before if type(before) is type(now) else _number(before, tensors[0])
+        if self._step:
+            check_same_members(now, before)
+        n = len(now) if is_per_member(now) else None
+        if n is not None:
+            check_members(now, [(f"parameter {i}", p) for i, p in enumerate(tensors) if not is_frozen(p)])
+        last = before if type(before) is type(now) and n is None else _number(before, tensors[0])
         changed_little = False
         if self.tolerance_change is not None:
             change, most = abs(now - last), self.tolerance_change
             # < inf is false for NaN and infinite losses
             changed_little = (change < math.inf) & ((change <= most * abs(now)) | (change <= most * abs(last)))
-        small_grad, small_step = are_small(tensors, params, self.tolerance_grad, self.tolerance_step)
+        small_grad, small_step = are_small(tensors, params, self.tolerance_grad, self.tolerance_step, n)
         is_finite = abs(now) < math.inf
         return now, (_CHANGE * changed_little + _GRAD * small_grad + _STEP * small_step) * is_finite
+
+    def _decide(self, now: Any, found: Any, lost: Any, params: Any) -> tuple[Any, Any]:
+        """Return the criteria by which the run has converged, or 0, and the members that count.
+
+        Args:
+            now: The loss, or the losses of the members.
+            found: The criteria by which it, or each of them, has converged.
+            lost: The number of steps in a row in which the loss of a member was not finite.
+            params: See :meth:`update`.
+
+        Returns:
+            The criteria of the members that count, if all these have converged. And their number, or the best one.
+        """
+        if not is_per_member(now):
+            return found, 0
+        is_finite = now.abs() < math.inf
+        counts = is_finite | (lost < self.patience)
+        who = counts.sum()
+        if self.members == "best":
+            who = torch.where(is_finite, -now if _maximizes(params) else now, math.inf).argmin()
+            counts = is_finite & (torch.arange(len(now), device=now.device) == who)
+        held = found * counts
+        ended = sum(bit * ((held & bit) > 0).any() for bit in (_CHANGE, _GRAD, _STEP))
+        ended = ended * ((held > 0) == counts).all()
+        return (int(ended), int(who)) if is_on_host(now) else (ended, who)
 
 
 def is_rprop(optimizer: Any) -> bool:
     """Return whether an optimizer is or wraps an Rprop, ours or torch's: no other one has this option."""
     return any("step_sizes" in group for group in getattr(optimizer, "param_groups", ()))
-
-
-def check_count(name: str, value: Any) -> int:
-    """Return a number of steps as an ``int``."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer >= 1, got {value!r} ({type(value).__name__}).")
-    if int(value) < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value}. Use {name}=1 for a single step.")
-    return int(value)
 
 
 def _tolerance(name: str, value: Any) -> float | None:
@@ -211,14 +276,35 @@ def _tolerance(name: str, value: Any) -> float | None:
 
 
 def _number(loss: Any, param: Tensor) -> Any:
-    """Return the loss as a number, or as a tensor on the parameter's device if that is an accelerator."""
-    check_number(loss)
+    """Return the loss as a number, or as a tensor on the parameter's device if that is an accelerator.
+
+    Losses of members are always a tensor there.
+    """
+    check_loss(loss)
     value = whole(loss.detach()) if isinstance(loss, Tensor) else loss
+    if is_per_member(value):
+        return value.to(param.device, wide_dtype(param.device))
     if is_on_host(param):
         return float(value)
     if isinstance(value, Tensor):
         return value.reshape(()).to(param.device, wide_dtype(param.device))
     return torch.full((), value, dtype=wide_dtype(param.device), device=param.device)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _maximizes(params: Any) -> bool:
+    """Return whether parameter groups maximize the loss."""
+    groups = getattr(params, "param_groups", params if isinstance(params, list | tuple) else ())
+    directions = {bool(group.get("maximize")) for group in groups if isinstance(group, Mapping)}
+    if len(directions) > 1:
+        raise ValueError(
+            "members='best' cannot tell which loss is the best, because only some parameter groups have maximize=True. "
+            "Set it for all groups or for none."
+        )
+    return directions == {True}
 
 
 def _tensors(params: Any) -> list[Tensor]:

@@ -47,3 +47,12 @@ def test_largest_entry_counts_on_any_rank(seen):
     for results in seen.values():
         assert len(results["plain"]) == 15
         assert {*results["plain"].values()} == {3}
+
+
+def test_spread_members_stop_as_whole_ones(seen):
+    for results in seen.values():
+        assert len(results["members"]) == 12
+        for whole, *spread in results["members"]:
+            assert whole is not None
+            assert spread == [whole] * 2
+    assert len({found[0] for found in seen[2, 0]["members"]}) > 8

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from whole_set import make_data
 
 from lightning_rprop import Converged, Convergence, Rprop
+from lightning_rprop.convergence import _small, criteria
 
 WORLDS = (2, 3)
 STRATEGIES = ("ddp", "zero", "fsdp", "fsdp2", "columns and rows")
@@ -110,6 +111,37 @@ def converge(world):
     return found
 
 
+def converge_members(world):
+    """Return the steps and reasons of convergence of whole members and of those spread over ranks, in both places."""
+    mesh, found = init_device_mesh("cpu", (world,)), []
+    for n in (2, 5):  # fewer than ranks, and more
+        for arguments in ((1e-1, None, None, 2), (None, 0.25, None, 2), (None, None, 0.02, 2)):
+            for members in ("all", "best"):
+                whole = torch.linspace(-1.9, 1, 2 * n, dtype=torch.float64).reshape(n, 2)
+                spread = distribute_tensor(whole, mesh, [Shard(0)])
+                found.append([play_members(param, arguments, members) for param in (whole, spread)])
+                with (
+                    mock.patch.object(criteria, "is_on_host", return_value=False),
+                    mock.patch.object(_small, "is_on_host", return_value=False),
+                ):
+                    found[-1].append(play_members(spread, arguments, members))
+    return found
+
+
+def play_members(param, arguments, members):
+    """Return the step and the reason of convergence of a plain loop over the members, one of which has a NaN loss."""
+    param = torch.nn.Parameter(param.clone())
+    optimizer, convergence = Rprop([param], lr=0.5), Convergence(*arguments, members)
+    for step in range(100):
+        losses = (param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()).square().sum(1) + 1
+        losses[0] = torch.nan
+        param.grad = 2 * param.detach()
+        optimizer.step()
+        if convergence.update(losses, optimizer):
+            return step, convergence.reason
+    return None
+
+
 def fits(rank, world):
     """Run all cases; those of strategies only on two ranks."""
     cases = [
@@ -123,6 +155,7 @@ def fits(rank, world):
         },
         "own": {max_iter: fit_own(rank, world, max_iter) for max_iter in (1, 8)},
         "plain": converge(world),
+        "members": converge_members(world),
     }
     torch.save(seen, f"{world}-{rank}.pt")
 
