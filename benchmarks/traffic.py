@@ -7,7 +7,8 @@ median over several fits, because other programs use the interface too. The peer
 
 Predicted before the first run, with B bytes of gradients and N ranks:
 
-- FullBatch: one all-reduce of B, in DDP's buckets, and one of 16 bytes for the loss and the number of samples.
+- FullBatch: one all-reduce of B, in DDP's buckets, and an all-gather of 16 bytes per rank for the loss and the
+  number of samples.
 - Lightning's accumulation: also one all-reduce of B, and a broadcast of 8 bytes for each micro-batch.
 - A ring sends 2 (N - 1) / N B per rank, hence 2 (N - 1) B over the loopback, plus less than 1 % for headers.
 - FSDP2: two all-gathers of the parameters and one reduce-scatter of the gradients for each micro-batch. Each of these
@@ -57,7 +58,7 @@ NETS = {"small": (20, 64, 64, 1), "large": (20, 1000, 960, 1)}
 PEER, FSDP2 = "accumulate_grad_batches", "FullBatch, FSDP2"
 PROGRAMS = ("FullBatch", PEER, FSDP2)
 LINKS = {"10 Gbit/s": 1.25e9, "100 Gbit/s": 1.25e10}  # bytes per second
-LOSS = 2 * 8  # FullBatch reduces the sum of losses and the number of samples, in float64
+LOSS = 2 * 8  # FullBatch gathers the sum of the losses and the number of samples, in float64
 FLAG = 8  # Lightning broadcasts with each of its batches whether to stop
 
 
@@ -167,10 +168,11 @@ def predicted(net: str, program: str, world: int) -> dict[str, int]:
         return {"allreduce": weights(net)}  # DDP reduces on one rank too
     if program == PEER:
         return {"allreduce": weights(net), "broadcast": FLAG * CUTS}
+    loss = {"allgather": LOSS * world, "broadcast": FLAG}
     if program == FSDP2:
         whole = CUTS * weights(net, world)
-        return {"allreduce": LOSS, "broadcast": FLAG, "allgather_base": 2 * whole, "reduce_scatter_base": whole}
-    return {"allreduce": weights(net) + LOSS, "broadcast": FLAG}
+        return {**loss, "allgather_base": 2 * whole, "reduce_scatter_base": whole}
+    return {"allreduce": weights(net), **loss}
 
 
 def sent(collective: str, size: float, world: int) -> float:

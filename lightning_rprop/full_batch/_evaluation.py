@@ -22,10 +22,13 @@ from lightning_rprop._lightning import (
     run_training_step,
 )
 from lightning_rprop._lightning_logs import StepLogs
+from lightning_rprop._ranks import compare
 from lightning_rprop.full_batch._batches import copied_containers
+from lightning_rprop.full_batch._member_losses import NAME, length_of
 from lightning_rprop.full_batch._warnings import RandomnessCheck
 from lightning_rprop.full_batch.loader import FullBatchLoader, MicroBatch
-from lightning_rprop.optim._sharding import is_sharded, is_slice, local, whole
+from lightning_rprop.optim._members import along, fits
+from lightning_rprop.optim._sharding import is_sharded, is_slice, local, rows, whole
 
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _CLOSURE_HOOKS = ("on_before_zero_grad", "optimizer_zero_grad", "on_before_backward", "on_after_backward")
@@ -37,7 +40,8 @@ class Evaluation:
     Let micro-batch i have the mean loss l_i over n_i samples. Its backward pass runs on ``n_i R unit l_i``. R is the
     number of ranks, because the strategy averages their gradients. ``unit`` is a power of two near 1/N, so the factor
     is exact. One multiplication then turns the sum over micro-batches and ranks into the mean over all N
-    samples. A micro-batch of weight 0 runs but is in neither sum, because 0 times a NaN loss would be NaN.
+    samples. A micro-batch of weight 0 runs but is in neither sum, because 0 times a NaN loss would be NaN. The losses
+    of members are averaged like the loss.
 
     Args:
         trainer: The Trainer, during a fit.
@@ -60,7 +64,10 @@ class Evaluation:
         self.reduction = reduction
         self.weight = weight
         self.loss: Tensor | None = None
+        self.member_losses: Tensor | None = None
         self.checks_randomness = False  # in the next training_step
+        self._members: int | None = None  # how many losses each training_step returns; None before the first
+        self._agrees = trainer.world_size == 1  # whether that number is the same on all ranks
         self.scaler = getattr(trainer.precision_plugin, "scaler", None)
         # DeepSpeed's engine reduces the gradients itself and hides them until its step
         self.engine = getattr(trainer.strategy, "deepspeed_engine", None)
@@ -86,10 +93,15 @@ class Evaluation:
         self._total: float | None = None if known is None else float(known)
         self._unit: float | None = None if self._total is None else _power_of_two_near(1 / self._total)
 
+    @property
+    def judged(self) -> Tensor | None:
+        """The losses by which an evaluation is judged: those of the members, or the loss."""
+        return self.loss if self.member_losses is None else self.member_losses.squeeze()  # one is an ordinary loss
+
     def begin(self) -> None:
         """Begin a step. The loader has already yielded its first micro-batch to Lightning."""
         self.loader._check_batch()
-        self.loss = None
+        self.loss = self.member_losses = None
         if [*map(id, self.trainer.callbacks)] != self._callbacks:  # type: ignore[attr-defined]
             self.find_hooks()
 
@@ -107,11 +119,13 @@ class Evaluation:
             backward: Whether to compute the gradients.
 
         Returns:
-            The mean loss over all samples, and the other outputs of training_step for the first micro-batch.
+            The mean loss over all samples, and the other outputs of training_step for the first micro-batch, among
+            them the mean losses of the members.
         """
         self._logs.cancel()
-        self.loss = None
+        self.loss = self.member_losses = None
         self._losses, self._weights = list[Tensor](), list[float]()
+        self._losses_of_members = list[Tensor]()
         self._factor: float | Tensor = 1.0  # turns the summed gradients into those of the mean
         self._earlier: list[tuple[Tensor, Tensor]] | None = None  # gradients from before the first backward
         optimizer = self.trainer.optimizers[0]
@@ -128,6 +142,7 @@ class Evaluation:
                 # Lightning has moved its batch to the device, and hooks may have changed it
                 data = copied_containers(batch) if is_first and is_current else self._transferred(micro_batch.data)
                 weight = self._weigh(micro_batch)
+                self._is_repeated = micro_batch.size == 0
                 self._logs.before(weight)
                 with nullcontext() if micro_batch.is_last else self._without_sync():
                     loss, more = self._forward(data, index)
@@ -135,7 +150,7 @@ class Evaluation:
                         extra = more
                         if backward:
                             self._zero_grad(optimizer, batch_idx)
-                    factor = self._add(loss, weight)
+                    factor = self._add(loss, self._take_members(more), weight)
                     if backward:
                         self._backward(loss, factor, optimizer)
                 self._logs.after(weight)
@@ -146,6 +161,8 @@ class Evaluation:
             run_hook(self.trainer, "on_after_backward")
         assert self.loss is not None
         assert extra is not None
+        if self.member_losses is not None:
+            extra[NAME] = self.member_losses
         return self.loss, extra
 
     def inputs(self) -> Iterator[tuple[int, Any]]:
@@ -156,12 +173,22 @@ class Evaluation:
                     yield i, self._transferred(micro_batch.data)
 
     @torch.no_grad()
-    def zero_gradients(self) -> None:
-        """Set the gradients of the last evaluation to 0."""
+    def zero_gradients(self, members: Tensor | None = None) -> None:
+        """Set the gradients of the last evaluation to 0.
+
+        Args:
+            members: A bool for each member, whether to set its gradients to 0; by default all are.
+        """
         for group in self.trainer.optimizers[0].param_groups:
             for param in group["params"]:
-                if param.grad is not None:
-                    param.grad.zero_()
+                grad = param.grad
+                if grad is None:
+                    continue
+                if members is None:
+                    grad.zero_()
+                elif fits(members, grad):
+                    own = local(grad)
+                    own.masked_fill_(along(rows(members, grad), own), 0)
 
     def close(self) -> None:
         """Leave the logs as they were."""
@@ -212,15 +239,31 @@ class Evaluation:
                 for param in group["params"]:
                     param.grad = None
 
-    def _add(self, loss: Tensor, weight: float) -> float:
-        """Add a loss to the sum, and return the factor for its backward pass."""
+    def _take_members(self, extra: dict[str, Any]) -> Tensor | None:
+        """Remove the losses of the members from the outputs of training_step, check and return them."""
+        losses: Tensor | None = extra.pop(NAME, None)
+        n = 0 if losses is None else length_of(losses)
+        if self._members is None:
+            self._members = n
+        elif n != self._members:
+            raise ValueError(
+                f"training_step returned {n or 'no'} {NAME} after {self._members or 'none'} in an earlier micro-batch. "
+                "Return one for each member with every micro-batch"
+            )
+        return losses
+
+    def _add(self, loss: Tensor, of_members: Tensor | None, weight: float) -> float:
+        """Add losses to the sums, and return the factor for the backward pass."""
         if weight == 0:
             return 0.0
         value = whole(loss.detach()).reshape(())
+        each = None if of_members is None else whole(of_members.detach())
         if self.is_single and self.reduction == "mean":
-            self.loss = value
+            self.loss, self.member_losses = value, each
             return 1.0
         self._losses.append(value)
+        if each is not None:
+            self._losses_of_members.append(each)
         self._weights.append(weight)
         factor: float = (weight if self.reduction == "mean" else 1.0) * self._replicas * (self._unit or 1.0)
         return factor
@@ -251,8 +294,9 @@ class Evaluation:
         """Make a backward pass, which the other ranks wait for, add exactly 0."""
         params = [param for param in self.pl_module.parameters() if param.requires_grad]
         if self.engine is not None or any(is_sharded(param) or is_slice(param) for param in params):
-            # hooks on these parameters do not see the gradient
-            if not bool(whole(loss.detach()).isfinite()):
+            # hooks on these parameters do not see the gradient; a member without a finite loss for a sample that counts
+            # elsewhere has none anyway
+            if not (self._members and self._is_repeated) and not bool(whole(loss.detach()).isfinite()):
                 raise RuntimeError(
                     f"a micro-batch of weight 0 has a loss that is not finite on rank {self.trainer.global_rank}, "
                     f"and 0 times that is NaN in {type(self.trainer.strategy).__name__}. Return a finite loss for it, "
@@ -270,21 +314,35 @@ class Evaluation:
     @torch.no_grad()
     def _average(self, backward: bool) -> None:
         """Turn the sums of losses and gradients into means over all samples of all ranks."""
+        if not self._agrees:
+            self._agrees = True
+            compare(
+                self.trainer,
+                {f"the number of {NAME}": str(self._members)},
+                "training_step returns different things: {}. Train the same members on every rank",
+            )
         device = self.trainer.strategy.root_device
         precise = torch.float32 if device.type == "mps" else torch.float64
-        sums = torch.zeros(2, dtype=precise, device=device)
+        sums = torch.zeros(2 + (self._members or 0), dtype=precise, device=device)  # loss, members, weight
         if self._losses:
-            losses = torch.stack(self._losses).to(device, precise)
+            losses = torch.stack(self._losses).to(device, precise).unsqueeze(0)
+            if self._losses_of_members:
+                losses = torch.cat([losses, torch.stack(self._losses_of_members, dim=1).to(device, precise)])
             weights = torch.tensor(self._weights, dtype=precise, device=device)  # one copy to the device
-            sums[0] = (losses * weights).sum() if self.reduction == "mean" else losses.sum()
-            sums[1] = weights.sum()
+            sums = _row_sums([losses * weights if self.reduction == "mean" else losses, weights.unsqueeze(0)])
         if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        if self.weight is not None and not sums[1]:
+            # not an all-reduce, which may add up different elements in different orders
+            gathered = sums.new_empty(self.trainer.world_size, len(sums))
+            torch.distributed.all_gather([*gathered], sums)  # strategy.all_gather warns (Lightning 2.6.6, torch 2.13)
+            sums = _row_sums([gathered.T])
+        total_weight = sums[-1]
+        if self.weight is not None and not total_weight:
             raise ValueError("weight returned 0 for every micro-batch: at least one must count. Check the function")
-        self.loss = sums[0] / sums[1]
+        self.loss, *_ = means = sums[:-1] / total_weight
+        if self._members:
+            self.member_losses = means[1:]
         # with more processes than replicas, each replica's share is in the sum several times
-        total = sums[1] * self._replicas / self.trainer.world_size if self._total is None else self._total
+        total = total_weight * self._replicas / self.trainer.world_size if self._total is None else self._total
         self._factor = 1 / ((self._unit or 1.0) * total)
         if self.engine is None and backward:
             self.bring_to_mean(self.trainer.optimizers[0])
@@ -319,9 +377,14 @@ def _loss_of(output: Any) -> tuple[Tensor, dict[str, Any]]:
     if output.numel() != 1:
         raise ValueError(
             f"training_step must return one number, got a loss of shape {tuple(output.shape)}. Reduce it: loss.mean(), "
-            "or loss.sum() with FullBatch(reduction='sum')"
+            f"or loss.sum() with FullBatch(reduction='sum'); for members, {{'loss': losses.sum(), '{NAME}': losses}}"
         )
     return output, extra
+
+
+def _row_sums(rows: list[Tensor]) -> Tensor:
+    """Add up each row of stacked matrices, in an order that does not depend on the number of rows."""
+    return torch.cat(rows).contiguous().sum(dim=1)
 
 
 def _as_weight(value: Any) -> float:

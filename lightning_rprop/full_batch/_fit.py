@@ -17,7 +17,9 @@ from lightning_rprop._lightning_logs import is_logged
 from lightning_rprop.full_batch._atomic_step import Buffers, Interrupts, Snapshot
 from lightning_rprop.full_batch._bad_losses import BadLosses
 from lightning_rprop.full_batch._evaluation import Evaluation
+from lightning_rprop.full_batch._member_losses import NAME, SUMMARY, summarize
 from lightning_rprop.full_batch._warnings import warn_of_dropout, warn_of_micro_batches
+from lightning_rprop.optim._members import fits
 
 
 class Fit:
@@ -40,9 +42,10 @@ class Fit:
         self._scale: dict[str, Any] | None = None  # of a GradScaler
         self._optimizer: Any = None
         self._inner: Any = None  # the optimizer that updates the parameters, if the Trainer's wraps it
+        self._is_rprop = False  # whether that is a lightning_rprop.Rprop, which takes the losses of members
         self._takes_loss: list[Any] = []  # the optimizers whose step() has an argument loss
         self._detach = ExitStack()  # from the optimizers
-        self._loss: Tensor | None = None  # of the first evaluation in the step
+        self._losses: dict[str, Tensor] | None = None  # of the first evaluation in the step: loss and member_losses
         self._step: int | None = None  # the Trainer's count before the step, while it runs
         self._has_evaluated = False
         self._checks_noise = True
@@ -54,7 +57,7 @@ class Fit:
 
     def begin(self) -> None:
         """Begin a step."""
-        self._loss = None
+        self._losses = None
         self._step = None
         self.follow_optimizer()
         # a lazy module's first evaluation draws its parameters
@@ -67,12 +70,15 @@ class Fit:
         self._step = self._trainer.global_step
 
     def evaluate(self, arguments: tuple[Any, ...], batch_idx: int, backward: bool) -> tuple[Tensor, dict[str, Any]]:
-        """Evaluate the whole data set when Lightning's closure is called."""
+        """Evaluate the whole data set when Lightning's closure is called; return what the closure returns."""
         self.interrupts.release()
-        if self.follow_optimizer() and self._loss is None:
+        if self.follow_optimizer() and self._losses is None:
             self._take_copies()
         loss, extra = self.evaluation.run(arguments, batch_idx, backward)
-        if self._log_as is not None and is_logged(self._trainer, self._log_as):
+        judged = self.evaluation.judged
+        assert judged is not None
+        losses = {"loss": loss} | {name: value for name, value in extra.items() if name == NAME}
+        if any(is_logged(self._trainer, name) for name in self._names(losses)):
             raise MisconfigurationException(
                 f"FullBatch(log_as={self._log_as!r}) logs the loss of all samples by a name that the module logs too. "
                 "Choose another name, or remove one of the two"
@@ -81,20 +87,30 @@ class Fit:
             self._has_evaluated = True
             if not self.evaluation.is_single:
                 warn_of_micro_batches(self.evaluation.pl_module)
+            if judged.dim():
+                self._check_members(judged)
         assert self._step is not None
-        self.bad_losses.check(loss, self._step, self._optimizer.param_groups)
+        self.bad_losses.check(judged, self._step, self._optimizer.param_groups)
         self.interrupts.hold()
         for listener in self.listeners:
-            listener(loss, self._step)
-        if self._loss is None:
-            self._loss = loss
-        return loss, extra
+            listener(judged, self._step)
+        if self._losses is None:
+            self._losses = losses
+        return judged if self._is_rprop else loss, extra
 
-    def end(self) -> Tensor:
-        """End a step, and return the loss of its first evaluation."""
-        assert self._loss is not None  # Lightning refuses an optimizer_step that does not call its closure
+    def end(self) -> dict[str, Tensor]:
+        """End a step, and return the losses of its first evaluation by their names in the outputs."""
+        assert self._losses is not None  # Lightning refuses an optimizer_step that does not call its closure
         self._step = None
-        return self._loss
+        return self._losses
+
+    def values_to_log(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what to log of a step: the loss, or a summary of the members' losses."""
+        if self._log_as is None:
+            return {}
+        maximize = all(group.get("maximize") for group in self._optimizer.param_groups)
+        values = summarize(losses[NAME], maximize) if NAME in losses else [losses["loss"]]
+        return dict(zip(self._names(losses), values, strict=True))
 
     def skip(self) -> None:
         """End a step that was skipped because the module's ``on_train_batch_start`` returned -1."""
@@ -140,10 +156,37 @@ class Fit:
         self._takes_loss = [each for each in hooked if "loss" in inspect.signature(type(each).step).parameters]
         for each in hooked:
             self._detach.callback(each.register_step_pre_hook(self._before_step).remove)
+        self._is_rprop = hasattr(inner, "shared_loss")
         if hasattr(inner, "shared_loss"):
             self._detach.callback(setattr, inner, "shared_loss", inner.shared_loss)
             inner.shared_loss = True
         return True
+
+    def _names(self, losses: dict[str, Tensor]) -> list[str]:
+        """Return the names under which these losses are logged."""
+        if self._log_as is None:
+            return []
+        return [f"{self._log_as}/{name}" for name in SUMMARY] if NAME in losses else [self._log_as]
+
+    def _check_members(self, losses: Tensor) -> None:
+        """Check that members do not depend on each other, and that Rprop can judge each by its own loss."""
+        clip, algorithm = self._trainer.gradient_clip_val, self._trainer.gradient_clip_algorithm
+        if clip and algorithm != "value":  # None means "norm"
+            raise MisconfigurationException(
+                f"gradient_clip_val={clip} clips the norm of all members' gradients, so that one member can stop the "
+                "others. Leave it None, or use gradient_clip_algorithm='value'"
+            )
+        names = {id(param): name for name, param in self.evaluation.pl_module.named_parameters()}
+        for group in self._inner.param_groups if self._is_rprop else ():
+            if group["retreat"] is False and group["variant"] != "irprop+":  # the loss does not count
+                continue
+            for param in group["params"]:
+                if param.grad is not None and not fits(losses, param):
+                    raise ValueError(
+                        f"training_step returned {len(losses)} {NAME}, but the parameter {names.get(id(param))!r} has "
+                        f"the shape {tuple(param.shape)}: its first dimension must be {len(losses)}. Return one loss "
+                        "for each member of a lightning_rprop.Stacked, or return only the loss"
+                    )
 
     def _take_copies(self) -> None:
         self._buffers.take()
@@ -157,8 +200,9 @@ class Fit:
         """Pass the loss to a step that takes one but gets no closure, as under a GradScaler."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            if optimizer in self._takes_loss and "loss" not in kwargs and self.evaluation.loss is not None:
-                kwargs = {**kwargs, "loss": self.evaluation.loss}
+            loss = self.evaluation.judged if self._is_rprop else self.evaluation.loss
+            if optimizer in self._takes_loss and "loss" not in kwargs and loss is not None:
+                kwargs = {**kwargs, "loss": loss}
             if self.evaluation.engine is not None:
                 self.evaluation.bring_to_mean(optimizer)
         return args, kwargs

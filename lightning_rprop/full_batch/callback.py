@@ -51,8 +51,13 @@ class FullBatch(Callback):
     begins by copying parameters, optimizer state and buffers into memory that is reused.
 
     If the loss becomes NaN or infinite, a :class:`lightning_rprop.Rprop` takes back its last move, unless it has
-    ``retreat=False``. FullBatch warns about the first such step, and stops the fit after 10 in a row. On an accelerator
-    it looks at the losses every 10 evaluations.
+    ``retreat=False``. FullBatch warns about the first such step, and stops the fit after 10 in a row; of several
+    members all must have such a loss. On an accelerator it looks at the losses every 10 evaluations.
+
+    For a :class:`lightning_rprop.Stacked`, training_step returns ``{"loss": losses.sum(), "member_losses": losses}``.
+    The losses of the members, of shape ``(n,)``, are averaged like the loss. They replace it for a
+    :class:`lightning_rprop.Rprop`, whose closure then returns them, and for ``KeepBest``. ``outputs`` of
+    ``on_train_batch_end`` holds both. A member whose loss is NaN does not disturb the others.
 
     Args:
         reduction: How training_step reduces the loss over its samples: ``"mean"`` or ``"sum"``.
@@ -60,7 +65,9 @@ class FullBatch(Callback):
             is called with each micro-batch before the transfer to the device, and returns a number or a one-element
             tensor. With ``reduction="mean"`` the losses are averaged with these weights. A micro-batch of weight 0 is
             left out of loss, gradient and logs, even if its loss is NaN.
-        log_as: The name under which to log the loss, once per step; ``None`` does not log it.
+        log_as: The name under which to log the loss, once per step; ``None`` does not log it. Of several members,
+            ``<log_as>/min``, ``<log_as>/median`` and ``<log_as>/max`` are logged instead. NaN counts as the worst loss:
+            ``inf``, or ``-inf`` with ``maximize=True`` of the optimizer.
         prog_bar: Whether to show the logged loss in the progress bar.
         take_over: Whether to wrap the Trainer's training DataLoader in a FullBatchLoader, for packages that build the
             DataLoader themselves. Its batches become the micro-batches, and an epoch is one step. A shuffling sampler
@@ -70,8 +77,11 @@ class FullBatch(Callback):
         ValueError: If an argument has an invalid value.
         MisconfigurationException: At the start of ``fit``, if the Trainer accumulates gradients, the module optimizes
             manually or has no optimizer or several, the training data do not come from a FullBatchLoader, or
-            DeepSpeed clips gradients; in the first step, if the module logs something under the name ``log_as``.
-        ValueError: At the start of ``fit``, if shapes, hyperparameters or data differ between the ranks.
+            DeepSpeed clips gradients; in the first step, if the module logs something under the name ``log_as``, or
+            the Trainer clips the gradient norm of several members.
+        ValueError: At the start of ``fit``, if shapes, hyperparameters or data differ between the ranks. In a step, if
+            ``member_losses`` has another shape than ``(n,)``, or not the same n in every micro-batch and on every rank.
+        TypeError: If the loss or ``member_losses`` is not a tensor.
         RuntimeError: If the loss is not finite at the first evaluation, unless an Rprop has ``retreat=False``; or if an
             Rprop has taken back its last move in 10 evaluations in a row, without reaching a finite loss.
 
@@ -172,11 +182,11 @@ class FullBatch(Callback):
         """End the step and log its loss."""
         if self._fit is None:
             return
-        loss = self._fit.end()
+        losses = self._fit.end()
         if outputs is not None:
-            outputs["loss"] = loss  # for the other callbacks and the module
-        if self.log_as is not None:
-            pl_module.log(self.log_as, loss, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=1)
+            outputs.update(losses)  # for the other callbacks and the module
+        for name, value in self._fit.values_to_log(losses).items():
+            pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=self.prog_bar, batch_size=1)
         self._fit.interrupts.release()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -212,7 +222,7 @@ class FullBatch(Callback):
         """Call a function after each evaluation of this fit, while the weights are still those of the loss.
 
         Args:
-            listener: Takes the loss and the number of optimizer steps before.
+            listener: Takes the loss, or the losses of several members, and the number of optimizer steps before.
         """
         if self._fit is not None:
             self._fit.listeners.append(listener)

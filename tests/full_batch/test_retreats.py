@@ -2,13 +2,13 @@
 
 import math
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 from domain import ONES, Domain, is_solved
 from fitting import fit
 from lightning.pytorch.plugins import MixedPrecision
+from watching import watch
 
 from lightning_rprop import FullBatch, Rprop
 from lightning_rprop.full_batch._bad_losses import BadLosses
@@ -119,26 +119,6 @@ def test_grad_scaler_does_not_skip_retreats(retreat, tmp_path):
     else:  # the scaler skips every later step and halves the scale
         assert math.isnan(module.losses[-1])
         assert scaler.get_scale() < 4
-
-
-class Elsewhere(torch.Tensor):
-    """A loss that seems to be on an accelerator."""
-
-    is_cpu = False
-
-
-def watch(losses, **options):
-    """Check losses as on an accelerator, and return how many are unread after each."""
-    trainer = SimpleNamespace(world_size=1, strategy=SimpleNamespace(broadcast=lambda value, src: value))
-    evaluation = SimpleNamespace(trainer=trainer, pl_module=Domain(), inputs=lambda: iter(()), scaler=None)
-    vars(evaluation).update(options)
-    bad_losses, optimizer = BadLosses(evaluation), Rprop([torch.nn.Parameter(torch.zeros(1))])
-    unread = []
-    for step, loss in enumerate(losses):
-        bad_losses.check(torch.tensor(loss).as_subclass(Elsewhere), step, optimizer.param_groups)
-        unread.append(len(bad_losses._unread))
-    bad_losses.read()
-    return unread
 
 
 def test_accelerator_is_read_every_ten_losses():
