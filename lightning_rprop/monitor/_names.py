@@ -8,6 +8,9 @@ from functools import cache
 # The start of every key.
 PREFIX = "step_size/"
 
+# The start of the keys of the members' losses in the history; the rest is the member's number.
+MEMBER_LOSS = "member_loss/"
+
 # All statistics except quantiles.
 STATISTICS = (
     "mean",

@@ -58,7 +58,7 @@ class Record(NamedTuple):
     histograms: dict[Scope, Histogram]
     total: dict[str, float]  # every statistic of all parameters, without quantiles
     zero_in_half: float  # share of exact zeros among the gradients of float16 parameters; NaN without any
-    loss: float | None
+    losses: list[float]  # one, or those of several members, or none
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def measure(
     rows: Sequence[Row],
     gradients: Iterable[GradientSummary],
     plan: Plan,
-    loss: Tensor | None = None,
+    losses: Tensor | None = None,
     retreats: int | Tensor | None = None,
     gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Record | None:
@@ -83,7 +83,7 @@ def measure(
         rows: All parameters, the same on every process.
         gradients: Summaries from before the step. One of an optimizer that has been replaced since is ignored.
         plan: What the record contains.
-        loss: The loss of the step, which is moved to the host with the rest.
+        losses: The loss of the step, or several of members, which are moved to the host with the rest.
         retreats: The number of retreats in the run so far, likewise.
         gather: All-gathers a tensor ``(n,)`` as ``(processes, n)``. Pass it if the processes hold different parts of
             the step sizes; it is called once, and only rows with ``is_counted`` are measured here.
@@ -110,8 +110,8 @@ def measure(
             parts["quantiles", scope] = statistics.sketch(tensors, _sketch_size([rows[i].param for i in members]))
         if plan.histogram:
             parts["histogram", scope] = statistics.histogram(tensors, edges[0], edges[-1], _BINS)
-    if loss is not None:
-        parts["loss", TOTAL] = loss.detach().reshape(1)
+    if losses is not None:
+        parts["losses", TOTAL] = losses.detach().reshape(-1)
     if retreats is not None and "retreats" in plan.statistics:
         parts["retreats", TOTAL] = torch.as_tensor(retreats).reshape(1)
 
@@ -203,5 +203,5 @@ def _read(
         return None
     half = [i for i, row in enumerate(rows) if row.param.dtype == torch.float16]
     zero = statistics.read(statistics.merge(table[:, half])).get("zero_gradient", math.nan) if half else math.nan
-    loss = float(arrays["loss", TOTAL][0, 0]) if ("loss", TOTAL) in arrays else None
-    return Record(found, histograms, total, zero, loss)
+    losses = arrays["losses", TOTAL][0].tolist() if ("losses", TOTAL) in arrays else []
+    return Record(found, histograms, total, zero, losses)

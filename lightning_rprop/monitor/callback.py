@@ -25,11 +25,12 @@ from lightning_rprop.monitor._arguments import (
 )
 from lightning_rprop.monitor._history import History
 from lightning_rprop.monitor._loggers import send
-from lightning_rprop.monitor._names import DEFAULT, PREFIX, key_of
+from lightning_rprop.monitor._names import DEFAULT, MEMBER_LOSS, PREFIX, key_of
 from lightning_rprop.monitor._record import GradientSummary, Plan, Record, measure, summarize_gradients
 from lightning_rprop.monitor._retreats import Retreats
 from lightning_rprop.monitor._rows import Listing, find_rprop
 from lightning_rprop.monitor._warnings import TOPICS, Advice, why_no_record
+from lightning_rprop.optim._members import is_per_member
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,8 +69,8 @@ class StepSizeMonitor(Callback):
     ``zero_gradient``       share, 0 to 1      entries of the gradient that were exactly zero
     ``nonfinite_gradient``  entries            entries of the gradient that were infinite or NaN
     ``retreats``            steps              how often in this run a :class:`lightning_rprop.Rprop` took back its last
-                                               move because of the loss, also before a resume; not for groups or
-                                               single parameters
+                                               move because of the loss, that of at least one member if there are
+                                               several, also before a resume; not for groups or single parameters
     ======================  =================  ========================================================================
 
     The three of the gradient describe it just before the step, or the last one if the step evaluates several times. A
@@ -134,6 +135,7 @@ class StepSizeMonitor(Callback):
     def _reset(self) -> None:
         self._advice = Advice(self.silence)
         self._history, self._validations = History(), History()
+        self._maximize = False  # whether the highest loss is the best
         self._listing = Listing()
         self._retreats = Retreats()
         self._plan = Plan(self.statistics, self.per_group, frozenset(), self.histogram)
@@ -228,7 +230,7 @@ class StepSizeMonitor(Callback):
     ) -> None:
         """Measure and log the step, unless this batch only accumulated gradients."""
         if self._is_measured and trainer.global_step > self._steps_before:
-            self._measure(trainer, outputs.get("loss") if isinstance(outputs, Mapping) else None)
+            self._measure(trainer, _losses_in(outputs) if isinstance(outputs, Mapping) else None)
             if self._is_logged:
                 self._log(trainer, logged_step(trainer))
             self._gradients = {}
@@ -286,6 +288,7 @@ class StepSizeMonitor(Callback):
             "advice": self._advice.state_dict(),
             "history": self._history.state_dict(),
             "validations": self._validations.state_dict(),
+            "maximize": self._maximize,
             "retreats": None if retreats is None else int(retreats),
         }
 
@@ -298,14 +301,18 @@ class StepSizeMonitor(Callback):
             self._advice.load_state_dict(self._restored["advice"])
             self._history.load_state_dict(self._restored["history"])
             self._validations.load_state_dict(self._restored["validations"])
-            self._retreats = Retreats(self._restored.get("retreats"))  # checkpoints of older releases have none
+            # checkpoints of older releases have neither
+            self._retreats = Retreats(self._restored.get("retreats"))
+            self._maximize = self._restored.get("maximize", False)
             self._restored = None
 
     def plot(self, title: str = "") -> tuple[Figure, np.ndarray[Any, Any]]:
         """Plot the loss and, below it, the step sizes over the steps, of each parameter if they were logged.
 
-        The plot covers the whole run, with at most 800 records. ``python -m lightning_rprop.monitor FOLDER`` plots the
-        files that a logger wrote.
+        If training_step returns ``member_losses`` (see :class:`lightning_rprop.FullBatch`), the loss of each member is
+        a thin line, and the best member is emphasised. The plot covers the whole run, with at most 800 records.
+        ``python -m lightning_rprop.monitor FOLDER`` plots the files that a logger wrote; they hold no loss of a single
+        member.
 
         Args:
             title: Title of the figure.
@@ -321,7 +328,7 @@ class StepSizeMonitor(Callback):
 
         if not len(self._history):
             raise ValueError(f"there is no record to plot: {self._why_no_record()}")
-        return plot_series(self._history.series() | self._validations.series(), title)
+        return plot_series(self._history.series() | self._validations.series(), title, self._maximize)
 
     def _ends(self, trainer: pl.Trainer) -> bool:
         """Return whether this batch ends the run, or an epoch whose last step is measured."""
@@ -346,7 +353,7 @@ class StepSizeMonitor(Callback):
     def _why_no_record(self) -> str:
         return why_no_record(self._steps, self._interval, self._has_rprop, self.logging_interval == "epoch")
 
-    def _measure(self, trainer: pl.Trainer, loss: Any = None) -> None:
+    def _measure(self, trainer: pl.Trainer, losses: Any = None) -> None:
         """Measure the last step once, and publish the values of all parameters and of groups."""
         if self._step_measured == trainer.global_step:
             return
@@ -355,7 +362,7 @@ class StepSizeMonitor(Callback):
         gather = trainer.strategy.all_gather if self._listing.is_distributed else None
         self._retreats.update(self._listing.optimizers)
         retreats = self._retreats.total
-        self._record = measure(self._listing.rows, self._gradients.values(), self._plan, loss, retreats, gather)
+        self._record = measure(self._listing.rows, self._gradients.values(), self._plan, losses, retreats, gather)
         if self._record is None:
             return
         self._metrics = {
@@ -381,8 +388,16 @@ class StepSizeMonitor(Callback):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 send(logger, metrics, histograms, step)
-        self._history.add(step, metrics if record.loss is None else {"loss": record.loss, **metrics})
+        self._maximize = all(row.options["maximize"] for row in self._listing.rows)
+        names = ["loss"] if len(record.losses) == 1 else [f"{MEMBER_LOSS}{i}" for i in range(len(record.losses))]
+        self._history.add(step, {**dict(zip(names, record.losses, strict=True)), **metrics})
         self._advice.at_record(record, step, half=str(trainer.precision).startswith("16"))
+
+
+def _losses_in(outputs: Mapping[str, Any]) -> Any:
+    """Return the losses of several members that are among the outputs of training_step, or the loss."""
+    losses = outputs.get("member_losses")
+    return losses if is_per_member(losses) else outputs.get("loss")
 
 
 def _is_ours(key: Any) -> bool:

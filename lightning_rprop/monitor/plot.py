@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_rprop.monitor._logs import Series, read_series
-from lightning_rprop.monitor._names import PREFIX, QUANTILE, key_of
+from lightning_rprop.monitor._names import MEMBER_LOSS, PREFIX, QUANTILE, key_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +29,7 @@ _COLORS = ["#332288", "#cc6677", "#44aa99", "#ddcc77", "#882255", "#88ccee", "#1
 _LOSS_COLORS = [_COLORS[-1], *_COLORS[1:-1]]
 _MOST_LINES = len(_COLORS)  # more parameters become a heat map
 _MOST_LOSSES = 8
+_SUMMARY = re.compile("/(min|median|max)$")  # of the losses of members, as FullBatch logs them
 _LINES = ("median", "q50", "mean", "max", "min")  # a parameter's line: the first of these that was logged
 _ROW = 0.13  # height of a heat map row in inches, enough for a name in this font size
 _ROW_FONT = 7
@@ -57,19 +59,21 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode(errors="replace")
 
 
-def plot_series(series: Series, title: str = "") -> tuple[Figure, npt.NDArray[np.object_]]:
+def plot_series(series: Series, title: str = "", maximize: bool = False) -> tuple[Figure, npt.NDArray[np.object_]]:
     """Plot the loss and, below it, the step sizes over the optimizer steps.
 
     Each parameter is a line within a band, drawn from what was logged. The line is its median, else its mean, maximum
     or minimum. The band reaches from its lowest to its highest quantile, else from minimum to maximum. More than 10
     parameters become the rows of a heat map of the line's values, below the line and band of all parameters. If no
     parameter was logged separately, only the line and band of all parameters are drawn. The loss panel shows every key
-    with "loss" in its last part, at most the 8 shortest.
+    with "loss" in its last part, or before ``/min``, ``/median`` or ``/max``, at most the 8 shortest. The losses of
+    members, ``member_loss/0`` and so on, are thin lines there, and the best member is emphasised.
 
     Args:
         series: ``{key: (steps, values)}`` as logged by ``StepSizeMonitor`` and Lightning. Values that are not finite
             or exceed 1e100 leave a gap.
         title: Title of the figure.
+        maximize: Whether the best member is that with the highest loss instead of the lowest.
 
     Returns:
         The figure, made by pyplot, and its axes from top to bottom.
@@ -82,8 +86,9 @@ def plot_series(series: Series, title: str = "") -> tuple[Figure, npt.NDArray[np
     names = _names(series)
     each = [name for name in names if name]
     panels: list[tuple[float, Callable[[Axes], None]]] = []  # height in inches, and the function that draws it
-    if losses := _losses(series):
-        panels.append((2.2, partial(_draw_losses, series, losses)))
+    losses, members = _losses(series), _drawable(series, [key for key in series if key.startswith(MEMBER_LOSS)])
+    if losses or members:
+        panels.append((2.2, partial(_draw_losses, series, losses, members, maximize)))
     if len(each) <= _MOST_LINES:
         panels.append((4.2, partial(_draw_lines, series, each or [""])))
     else:
@@ -169,8 +174,13 @@ def _parts(series: Series) -> list[tuple[str, str]]:
 
 
 def _losses(series: Series) -> list[str]:
-    keys = [k for k in series if "loss" in k.rpartition("/")[2].lower()]
+    keys = [k for k in series if not k.startswith(PREFIX)]
+    keys = [k for k in keys if "loss" in _SUMMARY.sub("", k).rpartition("/")[2].lower()]
     keys = [k for k in keys if not (k.endswith("_epoch") and k.removesuffix("_epoch") + "_step" in series)]
+    return _drawable(series, keys)
+
+
+def _drawable(series: Series, keys: list[str]) -> list[str]:
     return [k for k in keys if (np.abs(series[k][1]) < _TOO_LARGE).any()]
 
 
@@ -203,15 +213,28 @@ def _bounds(series: Series) -> dict[str, float]:
     return {kind: bound for kind, bound in last.items() if 0 < bound < _TOO_LARGE}
 
 
-def _draw_losses(series: Series, keys: list[str], ax: Axes) -> None:
+def _draw_losses(series: Series, keys: list[str], members: list[str], maximize: bool, ax: Axes) -> None:
     short = set(sorted(keys, key=len)[:_MOST_LOSSES])  # the shortest names are usually totals, not parts
     drawn = [key for key in keys if key in short]
-    lines = []
-    for key, color in zip(drawn, _LOSS_COLORS, strict=False):
+    lines, labels = _draw_members(series, members, maximize, ax) if members else ([], [])
+    for key, color in zip(drawn, _LOSS_COLORS[len(lines[:1]) :], strict=False):  # the best member has the first
         steps, (values,) = _aligned(series, [key])
         lines.append(_draw_curve(ax, steps, values, color))
     ax.set(ylabel="loss", yscale="log" if ax.dataLim.ymin > 0 else "linear")
-    _legend(ax, lines, _shortened(drawn), f"{len(drawn)} of {len(keys)} losses" if len(drawn) < len(keys) else "")
+    labels += _shortened(drawn)
+    _legend(ax, lines, labels, f"{len(drawn)} of {len(keys)} losses" if len(drawn) < len(keys) else "")
+
+
+def _draw_members(series: Series, keys: list[str], maximize: bool, ax: Axes) -> tuple[list[Line2D], list[str]]:
+    """Draw the losses of members, and return lines and labels for the legend."""
+    steps, rows = _aligned(series, keys)
+    found = np.where(np.isnan(rows), np.inf, -rows if maximize else rows)
+    best = found.min(axis=1).argmin()
+    others = [_draw_curve(ax, steps, row, "0.6") for row in np.delete(rows, best, axis=0)]
+    for line in others:
+        line.set(linewidth=0.7, markersize=2)
+    lines = [_draw_curve(ax, steps, rows[best], _LOSS_COLORS[0]), *others[:1]]
+    return lines, [f"member {keys[best].removeprefix(MEMBER_LOSS)}, the best", f"{len(others)} others"][: len(lines)]
 
 
 def _draw_lines(series: Series, names: list[str], ax: Axes) -> None:

@@ -254,7 +254,7 @@ def test_record_needs_one_transfer(gathers, monkeypatch):
     assert brought[0][1] == []
     assert brought[0][2] > 100  # the mode saw it
     assert set(watch.waits) <= {"aten::_local_scalar_dense", "aten::nonzero"}  # afterwards, on the host
-    assert measured.loss == 3
+    assert measured.losses == [3]
     assert measured.statistics["total", ""]["retreats"] == 2
     assert set(measured.statistics["total", ""]) == set(names)
 
