@@ -74,7 +74,7 @@ class GaussianProcess(nn.Module):
         """Return the Cholesky factor ``(n, n)`` of the covariances with noise, or NaN outside the domain."""
         *_, noise = self.hyperparameters()
         factor, info = torch.linalg.cholesky_ex(self.kernel(self.squares) + noise * self.eye)
-        return factor if info == 0 and noise > 0 else factor * torch.nan
+        return factor * torch.where((info == 0) & (noise > 0), 1.0, torch.nan)
 
     def forward(self) -> Tensor:
         """Return the negative log marginal likelihood per sample."""
@@ -103,15 +103,15 @@ class Fit(NamedTuple):
     stop: str
 
 
-def fit(gp: GaussianProcess, optimizer: Optimizer, patience: int, evaluations: int) -> Fit:
-    """Fit in a plain PyTorch loop that stops at convergence, and end with the best hyperparameters."""
-    best = BestWeights(gp)
+def fit(model: nn.Module, optimizer: Optimizer, patience: int, evaluations: int) -> Fit:
+    """Fit in a plain PyTorch loop that stops at convergence, and end with the best parameters."""
+    best = BestWeights(model)
     convergence = Convergence(tolerance_change=1e-6, patience=patience)
     losses: list[float] = []
 
     def evaluate() -> Tensor:
         optimizer.zero_grad()
-        loss = gp()
+        loss = model()
         loss.backward()
         best.update(loss)
         losses.append(loss.item())
@@ -120,7 +120,7 @@ def fit(gp: GaussianProcess, optimizer: Optimizer, patience: int, evaluations: i
     start, stop = time.perf_counter(), ""
     while not stop:
         loss = optimizer.step(evaluate)
-        if convergence.update(loss, gp.parameters()):
+        if convergence.update(loss, model.parameters()):
             stop = "converged"
         elif not any(map(math.isfinite, losses[-10:])):
             stop = "NaN"
