@@ -2,6 +2,7 @@
 
 python examples/train.py                                    # digits
 python examples/train.py data=diabetes optimizer.lr=0.05 trainer=ddp_cpu
+python examples/train.py starts=64                          # 64 networks; tests the best one
 python examples/train.py -m optimizer.lr=0.01,0.1           # a sweep; also with trainer=ddp_cpu
 """
 
@@ -54,7 +55,9 @@ def main(cfg: DictConfig) -> float:
         held_out = float(trainer.callback_metrics.get("val/score", "nan"))
         best_loss = float(trainer.callback_metrics.get("best/loss", "nan"))
         checkpoint = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else None
-        test = trainer.test(model, datamodule=data, ckpt_path=checkpoint or None, verbose=False)[0]
+        how = {"datamodule": data, "ckpt_path": checkpoint or None, "verbose": False}
+        val = trainer.validate(model, **how)[0] if cfg.starts > 1 else {}  # chooses the network to test
+        test = trainer.test(model, **how)[0]
 
     if trainer.is_global_zero:
         picture = draw(callbacks, Path(cfg.output_dir) / "step_sizes.png", f"{data.name}: full-batch Rprop")
@@ -70,6 +73,9 @@ def main(cfg: DictConfig) -> float:
             "checkpoint": checkpoint or "none",
             "picture": picture or "none (no step sizes)",
         }
+        if val:
+            rows["best start"] = f"{val['val/start']:.0f} of {cfg.starts}"
+            rows[f"validation {SCORE[data.task]}"] = f"{val['val/score']:.4f}"
         print("\n".join(f"{name:<20} {value}" for name, value in rows.items()))
     return held_out
 

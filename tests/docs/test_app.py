@@ -91,6 +91,24 @@ def test_two_processes_match_one_process(tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_many_starts_test_the_best(tmp_path, monkeypatch):
+    result = table(train(tmp_path, "starts=5", "data=diabetes", "trainer.max_epochs=8", "optimizer.lr=0.1"))
+    weights = torch.load(result["checkpoint"], weights_only=True)["state_dict"]
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from tabular.data import TabularData
+
+    def score(split, i):
+        x, y = TabularData("diabetes", 0.15, 0.2, 0, 1).splits[split]
+        w, b, v, c = (weights[f"net.{name}"][i] for name in ("0.weight", "0.bias", "2.weight", "2.bias"))
+        return float(1 - ((x @ w.T + b).tanh() @ v.T + c - y).square().mean() / y.var(correction=0))
+
+    best = max(range(5), key=lambda i: score("val", i))
+    assert result["best start"] == f"{best} of 5"
+    assert float(result["validation R^2"]) == pytest.approx(score("val", best), abs=1e-4)  # printed with 4 decimals
+    assert float(result["test R^2"]) == pytest.approx(score("test", best), abs=1e-4)
+    assert best == weights["best"] != 0
+
+
 def test_sweep_creates_one_folder_per_job(tmp_path):
     output = train(tmp_path, "-m", "optimizer.lr=0.01,0.1", "trainer.max_epochs=1")
     assert output.count("test accuracy") == 2
