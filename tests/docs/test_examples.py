@@ -161,8 +161,8 @@ def test_traffic_benchmark_matches_predictions(tmp_path):
         ours, peer, sharded = (
             rows[net, program] for program in ("FullBatch", "accumulate_grad_batches", "FullBatch, FSDP2")
         )
-        assert ours["calls"] == {"allreduce": buckets + 1, "broadcast": 1, "barrier": 1}
-        assert ours["bytes"] == {"allreduce": size + 16, "broadcast": 8}
+        assert ours["calls"] == {"allreduce": buckets, "allgather": 1, "broadcast": 1}
+        assert ours["bytes"] == {"allreduce": size, "allgather": 2 * 16, "broadcast": 8}
         assert peer["calls"] == {"allreduce": buckets, "broadcast": 8}
         assert peer["bytes"] == {"allreduce": size, "broadcast": 64}
         # FSDP2 pads the last layer, which has one row, to one row per rank
@@ -206,6 +206,52 @@ def test_gp_recovers_from_nan_and_converges(tmp_path):
     assert fits["plain", "Rprop"][2] > 0
     assert (tmp_path / "gp.png").read_bytes().startswith(b"\x89PNG")
     assert "--evaluations must be >= 1" in run(tmp_path, program, "--evaluations", "0", fails=True)
+
+
+def test_multistart_finds_frequencies(tmp_path):
+    program = ROOT / "examples" / "multistart.py"
+    output = run(tmp_path, program, "--starts", "16", "--steps", "100", "--output", "m.png")
+    rows = re.findall(r"^(Rprop|LBFGS, all).* 16 +[\d.]+ +([\d.]+) +([\d.]+) ", output, flags=re.MULTILINE)
+    assert [name for name, *_ in rows] == ["Rprop", "LBFGS, all"] * 2, output
+    best, medians = ([float(row[column]) for row in rows] for column in (1, 2))
+    assert all(low < 0.9 * middle for low, middle in zip(best, medians, strict=True)), output
+    assert all(rprop < 1.1 * lbfgs for rprop, lbfgs in (medians[:2], medians[2:])), output  # equal, or up to 25 % lower
+    found = [
+        [*map(float, line.split(", "))] for line in re.findall("^frequencies.*: (.*)$", output, flags=re.MULTILINE)
+    ]
+    for frequency, near in ((1, found[0]), (2.3, found[0]), (20, found[1])):  # of the data
+        assert min(abs(value - frequency) for value in near) < 0.05, output
+    assert len(re.findall("LBFGS, in the same time", output)) == 2
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    assert "--starts must be >= 2" in run(tmp_path, program, "--starts", "1", fails=True)
+
+
+def test_stacked_benchmark_prints_and_saves_table(tmp_path):
+    file = tmp_path / "stacked.json"
+    options = ("--seconds", "0.1", "--widths", "1-20-1,8-20-20-1", "--members", "1,3", "--json", str(file))
+    output = run(ROOT, "-m", "benchmarks.stacked", *options)
+    figures = json.loads(file.read_text())
+    rows = figures["rows"]
+    assert [(row["dtype"], row["weights"], row["members"]) for row in rows] == [
+        (dtype, weights, n) for dtype in ("float32", "float64") for weights in (61, 621) for n in (1, 3)
+    ]
+    for row in rows:
+        assert f"| {row['members']} | {row['stacked']:.4g} | {row['separate']:.4g} | {row['shared']:.4g} |" in output
+    assert (figures["machine"]["threads"], figures["machine"]["samples"]) == ("1", 200)
+    assert "must be at least 1, got 0" in run(ROOT, "-m", "benchmarks.stacked", "--members", "0", fails=True)
+
+
+def test_stacked_benchmark_compares_equal_steps(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.stacked import Case, programs
+
+    steps, models = programs(Case((2, 5, 1), 3, torch.float64))
+    for step in steps.values():
+        for _ in range(5):
+            step()
+    model, *others = models
+    for nets in others:
+        assert all(all_equal(model.member(i).parameters(), net.parameters()) for i, net in enumerate(nets))
 
 
 def test_fabric_example_equals_trainer(tmp_path):

@@ -1,4 +1,4 @@
-"""Every snippet and every command of the README and of docs/robust_fits.md runs."""
+"""Every snippet and every command of the README, docs/robust_fits.md and docs/many_starts.md runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TEXT = "".join((ROOT / page).read_text() for page in ("README.md", "docs/robust_fits.md"))
+TEXT = "".join((ROOT / page).read_text() for page in ("README.md", "docs/robust_fits.md", "docs/many_starts.md"))
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 SNIPPETS = {re.match(r"# (\w+\.py)\n", text)[1]: text for language, text in BLOCKS if language == "python"}
 COMMANDS = dict.fromkeys(line for language, text in BLOCKS if language == "bash" for line in text.splitlines())
@@ -26,10 +26,13 @@ INSTALLING = {
 # test_examples.py runs shorter forms of these.
 LONG = {
     "python examples/gaussian_process.py",
+    "python examples/multistart.py",
     "python examples/pinn.py",
-    *(f"python -m benchmarks.{name}" for name in ("budget", "precision", "step", "traffic", "variants")),
+    *(f"python -m benchmarks.{name}" for name in ("budget", "precision", "stacked", "step", "traffic", "variants")),
 }
 TESTED = [command for command in COMMANDS if command not in INSTALLING | LONG]
+
+MANY = ("stacked.py", "many.py", "many_lightning.py")
 
 # Substitutions that only compose the config, for commands that need GPUs, SLURM or another package's launcher.
 COMPOSE = {r"^.*(?=examples/train\.py)": "python ", "$": " --cfg job"}
@@ -51,8 +54,10 @@ CASES = (
     Case("hydra/launcher=parallel", ("n_jobs: 2",), change=COMPOSE_SWEEP),
     Case("nodes=2", ("accelerator: gpu", "num_nodes: 2"), change=COMPOSE),
     Case("trainer=(ddp|fsdp2)( |$)", ("accelerator: gpu",), absent="num_nodes: 2", change=COMPOSE),
+    Case("starts=64", ("^best start +[0-9]+ of 64$",), change={"$": " trainer.max_epochs=1"}),
     Case(r"examples/train\.py", ("checkpoint",), change={"$": " trainer.max_epochs=2"}),
     Case(r"examples/fabric\.py", (r"^step 300, loss (0\.00[01]\d*|\S+e-\d+)$",)),  # below 2e-3; it reaches 1e-4
+    Case(r"spread\.py", (r"^best loss \S+e-(0[5-9]|1\d) of 64, 32 members here$",)),  # it reaches 1e-14
     Case(r"watch\.py", (r"step_sizes\.png\s*\Z",), files={"watch.png": rb"\x89PNG", "step_sizes.png": rb"\x89PNG"}),
     Case(r"sweep\.py", (r"^1 epochs done\n(.*\n)*2 epochs done$",), absent=r"(?s)(done$.*){3}"),
     Case(r"app\.py -m", ("lr: 0.01", "lr: 0.1")),
@@ -100,8 +105,8 @@ def folder(tmp_path):
 
 def test_every_block_is_tested():
     assert {language for language, _ in BLOCKS} == {"python", "bash"}
-    tested_here = {"plain.py", "fit.py", "large.py", "take_over.py", "robust.py", "robust_lightning.py"}
-    run_by_commands = {"watch.py", "sweep.py", "app.py", "cli.py"}
+    tested_here = {"plain.py", "fit.py", "large.py", "take_over.py", "robust.py", "robust_lightning.py", *MANY}
+    run_by_commands = {"watch.py", "sweep.py", "app.py", "cli.py", "spread.py"}
     assert set(SNIPPETS) == tested_here | run_by_commands
     assert COMMANDS.keys() >= INSTALLING | LONG
     used = [find_case(command) for command in TESTED]
@@ -141,6 +146,13 @@ def test_robust_fit_ends_with_best_weights(folder):
     loss, reason = re.match(r"best loss (\S+) after \d+ steps: (.*)$", last).groups()
     assert float(loss) < 2e-2
     assert reason.startswith("the loss changed by at most 0.0001 of itself for 10 steps in a row, up to step ")
+
+
+@pytest.mark.parametrize("snippet", MANY)
+def test_many_starts_reach_low_losses(snippet, folder):
+    last = run_seeded(snippet, folder).strip().splitlines()[-1]
+    best, median = map(float, re.match(r"best loss (\S+), median ([\d.e-]+)", last).groups())
+    assert best < median / 2 < 1e-3  # 2e-5 and 2e-4
 
 
 @pytest.mark.parametrize("command", TESTED)
