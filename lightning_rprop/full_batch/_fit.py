@@ -19,6 +19,7 @@ from lightning_rprop.full_batch._bad_losses import BadLosses
 from lightning_rprop.full_batch._evaluation import Evaluation
 from lightning_rprop.full_batch._member_losses import NAME, SUMMARY, summarize
 from lightning_rprop.full_batch._warnings import warn_of_dropout, warn_of_micro_batches
+from lightning_rprop.optim._checks import is_judged
 from lightning_rprop.optim._members import fits
 
 
@@ -178,9 +179,7 @@ class Fit:
             )
         names = {id(param): name for name, param in self.evaluation.pl_module.named_parameters()}
         for group in self._inner.param_groups if self._is_rprop else ():
-            if group["retreat"] is False and group["variant"] != "irprop+":  # the loss does not count
-                continue
-            for param in group["params"]:
+            for param in group["params"] if is_judged(group, shared_loss=True) else ():
                 if param.grad is not None and not fits(losses, param):
                     raise ValueError(
                         f"training_step returned {len(losses)} {NAME}, but the parameter {names.get(id(param))!r} has "

@@ -263,7 +263,7 @@ def check_step(
         if group["fused"]:
             present = [i for i, grad in enumerate(grads) if grad is not None]
             names, rows = zip(*((name_of(group, i), _row(params[i], grads[i], states)) for i in present), strict=True)
-            check_fused(names, rows, is_per_member(loss) and _is_judged(group, shared_loss))
+            check_fused(names, rows, is_per_member(loss) and is_judged(group, shared_loss))
         if group["capturable"]:
             for i, param in enumerate(params):
                 if param.is_cpu and grads[i] is not None:
@@ -301,7 +301,7 @@ def members_losses(
     judged: list[tuple[dict[str, Any], int, Tensor]] = []
     is_asked = not is_result
     for group in groups:
-        if _is_judged(group, shared_loss):
+        if is_judged(group, shared_loss):
             is_asked = is_asked or AT_FLIP[group["variant"]].take_back is None or bool(group["retreat"])
             judged += [(group, i, p) for i, p in enumerate(group["params"]) if p.grad is not None or p in states]
     fitting = [fits(losses, param) for _, _, param in judged]
@@ -312,7 +312,7 @@ def members_losses(
     return losses
 
 
-def _is_judged(group: dict[str, Any], shared_loss: bool) -> bool:
+def is_judged(group: dict[str, Any], shared_loss: bool) -> bool:
     """Return whether the loss has an effect on the parameters of a group."""
     retreat = not is_local(shared_loss) if group["retreat"] is None else group["retreat"]
     return retreat or AT_FLIP[group["variant"]].take_back is None

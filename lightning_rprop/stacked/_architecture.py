@@ -36,7 +36,7 @@ def stack(make: Callable[[], nn.Module], n: int) -> nn.Module:
     """
     first = _made(make)
     _check_no_aliases(first)
-    own = list(_tensors(first))
+    own, modules, outline = list(_tensors(first)), {*first.modules()}, _outline(first)
     stacks: dict[int, Tensor] = {}
     for _, tensor in own:
         # member by member, so that only one more of them is in memory
@@ -44,7 +44,12 @@ def stack(make: Callable[[], nn.Module], n: int) -> nn.Module:
         stacks[id(tensor)][0].copy_(tensor)
     for i in range(1, n):
         member = _made(make)
-        _check_alike(first, member, i)
+        if not modules.isdisjoint(member.modules()):
+            raise ValueError(
+                f"make returned a module of member 0 again for member {i}. Build all modules inside make, so that each "
+                "call returns a new one."
+            )
+        _check_alike(outline, _outline(member), i)
         for (_, tensor), (_, other) in zip(own, _tensors(member), strict=True):
             stacks[id(tensor)][i].copy_(other)
     stacks |= {id(p): nn.Parameter(stacks[id(p)], p.requires_grad) for p in first.parameters()}
@@ -85,16 +90,10 @@ def _check_no_aliases(module: nn.Module) -> None:
             )
 
 
-def _check_alike(first: nn.Module, member: nn.Module, i: int) -> None:
-    """Check that a member differs from the first one only in the values of its parameters and buffers."""
-    names, others = (dict(module.named_modules()) for module in (first, member))
-    if not set(map(id, names.values())).isdisjoint(map(id, others.values())):
-        raise ValueError(
-            f"make returned a module of member 0 again for member {i}. Build all modules inside make, so that each "
-            "call returns a new one."
-        )
-    for what, get in (("modules", _types), ("parameters and buffers", _layouts), ("attributes", _attributes)):
-        a, b = get(first), get(member)
+def _check_alike(outline: Mapping[str, Any], other: Mapping[str, Any], i: int) -> None:
+    """Check that the outline of member i is that of the first one."""
+    for what, a in outline.items():
+        b = other[what]
         if key := next((key for key in {**a, **b} if not _is_same(a.get(key), b.get(key))), None):
             raise ValueError(
                 f"make returned different {what}: {key} is {_shown(b.get(key))} in member {i}, but "
@@ -103,12 +102,15 @@ def _check_alike(first: nn.Module, member: nn.Module, i: int) -> None:
             )
 
 
-def _types(module: nn.Module) -> dict[str, Any]:
-    return {f"module {name!r}": type(each).__name__ for name, each in module.named_modules()}
-
-
-def _layouts(module: nn.Module) -> dict[str, Any]:
-    return {name: (tuple(t.shape), str(t.dtype), str(t.device), t.requires_grad) for name, t in _tensors(module)}
+def _outline(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return all of a module but the values of its parameters and buffers."""
+    return {
+        "modules": {f"module {name!r}": type(each).__name__ for name, each in module.named_modules()},
+        "parameters and buffers": {
+            name: (tuple(t.shape), str(t.dtype), str(t.device), t.requires_grad) for name, t in _tensors(module)
+        },
+        "attributes": _attributes(module),
+    }
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ _REMEDIES = {
 }
 _OTHER = "Replace the operation by one that torch.vmap supports, or train separate modules"
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_BATCH_NORM = "Use GroupNorm or LayerNorm, track_running_stats=False, or eval()"
 
 
 def evaluate(
@@ -80,10 +79,14 @@ def evaluate(
         first = tree_map(lambda x, dim: x if dim is None else x[dim], (inputs, kwargs), dims)
         if not is_empty:  # if the inputs are wrong, this raises the error of the member itself
             call({name: tensor[0] for name, tensor in {**params, **copies}.items()}, *first)
-        _refuse(error, base)
+        text = str(error)
+        remedy = next((remedy for part, remedy in _REMEDIES.items() if part in text), _OTHER)
+        raise _refusal(base, _name_of_failed(error, base), text.rstrip(". "), remedy) from error
     replaced.update(name for name, copy in copies.items() if version_of(copy) != versions[name])
     if replaced:
-        _refuse_write(min(replaced), base)
+        name, _, buffer = min(replaced).rpartition(".")
+        problem = f"its forward changes the buffer {buffer!r}, but an evaluation must not change the members"
+        raise _refusal(base, name, problem, "Return the new value from forward, or compute it outside the module")
     return outputs
 
 
@@ -102,32 +105,18 @@ def _slots(base: nn.Module) -> dict[str, str]:
     }
 
 
-def _refuse(error: Exception, base: nn.Module) -> NoReturn:
-    """Raise an error that names the module in which vmap failed, and what to do."""
-    names = {id(module): name for name, module in base.named_modules()}
-    name, module = "", base
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        owner: Any = frame.f_locals.get("self")
-        if id(owner) in names:
-            name, module = names[id(owner)], owner
-    text = str(error)
-    remedy = next((remedy for part, remedy in _REMEDIES.items() if part in text), _OTHER)
-    if isinstance(module, _BATCH_NORMS):
-        remedy = _BATCH_NORM
-    raise RuntimeError(f"Stacked cannot run {_described(name, module)}: {text.rstrip('. ')}. {remedy}.") from error
+def _name_of_failed(error: Exception, base: nn.Module) -> str:
+    """Return the name of the innermost module in which an error was raised; empty for the base itself."""
+    names: dict[int, str] = {id(module): name for name, module in base.named_modules()}
+    owners = (id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return ["", *(names[owner] for owner in owners if owner in names)][-1]
 
 
-def _refuse_write(buffer: str, base: nn.Module) -> NoReturn:
-    """Raise an error that names the module that has changed a buffer."""
-    name, _, buffer = buffer.rpartition(".")
+def _refusal(base: nn.Module, name: str, problem: str, remedy: str) -> RuntimeError:
+    """Return the error for a module that cannot be run."""
     module = base.get_submodule(name)
-    is_norm = isinstance(module, _BATCH_NORMS)
-    remedy = _BATCH_NORM if is_norm else "Return the new value from forward, or compute it outside the module"
-    raise RuntimeError(
-        f"Stacked cannot run {_described(name, module)}: its forward changes the buffer {buffer!r}, but an evaluation "
-        f"must not change the members. {remedy}."
-    )
-
-
-def _described(name: str, module: Any) -> str:
-    return f"the module {name!r} ({type(module).__name__})" if name else f"the module {type(module).__name__}"
+    kind = type(module).__name__
+    if isinstance(module, _BATCH_NORMS):
+        remedy = "Use GroupNorm or LayerNorm, track_running_stats=False, or eval()"
+    which = f"{name!r} ({kind})" if name else kind
+    return RuntimeError(f"Stacked cannot run the module {which}: {problem}. {remedy}.")

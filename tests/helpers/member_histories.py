@@ -1,4 +1,4 @@
-"""Histories of members with their own losses, as the twin and one optimizer for all of them run them."""
+"""Random losses and gradients of members, for one optimizer of all members and for a twin of each weight."""
 
 from __future__ import annotations
 
