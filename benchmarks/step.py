@@ -6,15 +6,18 @@ medians. The gradients alternate between two random sets, so that half of the si
     python -m benchmarks.step
     python -m benchmarks.step --json step.json
     python -m benchmarks.step --only small,many --seconds 5
+    python -m benchmarks.step --before HEAD~1
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,7 +34,7 @@ from lightning_rprop import Rprop
 
 Shapes = list[tuple[int, ...]]
 
-OURS = "lightning_rprop"
+OURS, BEFORE = "lightning_rprop", "lightning_rprop before"
 COPY = "copy of as many bytes"
 
 
@@ -69,14 +72,14 @@ class Case(NamedTuple):
     device: str = "cpu"
 
 
-FOR_LOOP, FOREACH = "torch Rprop for-loop", "torch Rprop foreach"
+FOR_LOOP, FOREACH, ADAM = "torch Rprop for-loop", "torch Rprop foreach", "torch Adam fused"
 CASES = {
-    "resnet50": Case("ResNet-50's shapes", resnet50(), {FOR_LOOP: 15, FOREACH: 15, "torch Adam fused": 1, COPY: 0.75}),
-    "gpt2": Case("GPT-2's shapes", gpt2(), {FOR_LOOP: 15, FOREACH: 15, COPY: 0.75}),
+    "resnet50": Case("ResNet-50's shapes", resnet50(), {FOR_LOOP: 15, FOREACH: 15, ADAM: 0.97, COPY: 0.75}),
+    "gpt2": Case("GPT-2's shapes", gpt2(), {FOR_LOOP: 15, FOREACH: 15, ADAM: 0.97, COPY: 0.75}),
     "small": Case("6 tensors, 1,377 parameters", SMALL, {FOR_LOOP: 6, FOREACH: 6, "torch SGD fused": 0.5}),
     "many": Case("1,000 tensors of 100", [(100,)] * 1000, {FOR_LOOP: 10, FOREACH: 10}),
     "bfloat16": Case("ResNet-50's shapes", resnet50(), {FOR_LOOP: 0, FOREACH: 0, COPY: 0}, torch.bfloat16),
-    "float16": Case("ResNet-50's shapes", resnet50(), {FOR_LOOP: 0, FOREACH: 0, COPY: 0}, torch.float16),
+    "float16": Case("ResNet-50's shapes", resnet50(), {FOR_LOOP: 0, FOREACH: 0, COPY: 0.6}, torch.float16),
 }
 CAPTURABLE, COMPILED = "torch Rprop capturable", "torch Rprop compiled"
 GRAPH, OURS_IN_GRAPH = "torch Rprop in a graph", "lightning_rprop in a graph"
@@ -87,6 +90,23 @@ CUDA_CASES = {
     "cuda-gpt2": CASES["gpt2"]._replace(device="cuda", asked={FOREACH: 8, CAPTURABLE: 8, COMPILED: 8, COPY: 0.8}),
     "cuda-small": CASES["small"]._replace(device="cuda", asked={FOREACH: 4, CAPTURABLE: 4, COMPILED: 4, GRAPH: 4}),
 }
+
+
+_BEFORE = "lightning_rprop_before"
+
+
+def import_before(revision: str, folder: Path) -> None:
+    """Import the package of an earlier revision under another name, so that one process can time both."""
+    archive = folder / "before.zip"
+    root = Path(__file__).parents[1]
+    command = ["git", "archive", "--format=zip", f"--output={archive}", revision, "lightning_rprop"]
+    subprocess.run(command, check=True, cwd=root)
+    shutil.unpack_archive(archive, folder)
+    package = (folder / "lightning_rprop").rename(folder / _BEFORE)
+    for file in package.rglob("*.py"):
+        file.write_text(file.read_text().replace("lightning_rprop", _BEFORE))
+    sys.path.append(str(folder))
+    importlib.import_module(_BEFORE)
 
 
 class Program(NamedTuple):
@@ -101,13 +121,14 @@ def optimizer_program(name: str, case: Case, gradients: list[list[Tensor]]) -> P
     params = [torch.zeros(shape, dtype=case.dtype, device=case.device).requires_grad_() for shape in case.shapes]
     optimizer: torch.optim.Optimizer = {
         OURS: lambda: Rprop(params),
+        BEFORE: lambda: sys.modules[_BEFORE].Rprop(params),
         OURS_IN_GRAPH: lambda: Rprop(params, capturable=True),
         FOR_LOOP: lambda: torch.optim.Rprop(params, foreach=False),
         FOREACH: lambda: torch.optim.Rprop(params, foreach=True),
         CAPTURABLE: lambda: torch.optim.Rprop(params, foreach=True, capturable=True),
         COMPILED: lambda: torch.optim.Rprop(params),
         GRAPH: lambda: torch.optim.Rprop(params, foreach=True, capturable=True),
-        "torch Adam fused": lambda: torch.optim.Adam(params, fused=True),
+        ADAM: lambda: torch.optim.Adam(params, fused=True),
         "torch SGD fused": lambda: torch.optim.SGD(params, lr=1e-3, fused=True),
     }[name]()
 
@@ -309,11 +330,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help=f"some of the cases, separated by commas: {', '.join([*cases, *others])}")
     parser.add_argument("--seconds", type=float, default=20, help="time for each case (default: 20)")
+    parser.add_argument("--before", metavar="REVISION", help="also time the package of this git revision")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",") if arguments.only else [*cases, *others]
     if unknown := set(chosen) - {*cases, *others}:
         parser.error(f"--only: no case {', '.join(sorted(unknown))}; there are {', '.join([*cases, *others])}")
+
+    if arguments.before:
+        folder = tempfile.TemporaryDirectory()
+        import_before(arguments.before, Path(folder.name))
+        for name, case in cases.items():
+            cases[name] = case._replace(asked=case.asked | {BEFORE: 1})
 
     about = machine({cases[name].device for name in chosen if name in cases})
     print(", ".join(f"{name} {value}" for name, value in about.items()))

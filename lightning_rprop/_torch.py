@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader
 
 _count_modes = torch._C._len_torch_dispatch_stack
+_is_profiling = torch._C._autograd._profiler_enabled
 _innermost_transformation = torch._C._functorch.peek_interpreter_stack
 _KEYS = torch._C._TorchDispatchModeKey
 _SIMULATING = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)  # FakeTensorMode, make_fx, functionalization
@@ -28,6 +30,9 @@ FSDP_MARK = "_fsdp_flattened"
 # The dicts of a module that hold its tensors and submodules. Two modules that share them stay equal.
 MODULE_CONTENTS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
+# The extension module, through which the libraries that torch is linked to can be searched.
+EXTENSION = torch._C.__file__
+
 # Prefixes that torch.compile and FSDP insert into parameter names.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
 
@@ -35,6 +40,13 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.")
 def is_watched() -> bool:
     """Return whether a ``TorchDispatchMode`` is active, which would not see what a custom kernel does."""
     return _count_modes() > 0
+
+
+def is_observed(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a profiler, the compiler or a hook observes the steps of an optimizer."""
+    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    every = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+    return torch.compiler.is_compiling() or _is_profiling() or any(own) or any(every)
 
 
 def is_simulating() -> bool:

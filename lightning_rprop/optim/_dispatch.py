@@ -204,7 +204,7 @@ def _fused_for_all(
     sizes = list(map(Tensor.numel, tensors))
     if not (
         PLAIN.issuperset(map(type, tensors))
-        and len(set(map(_dtype, tensors))) == 1
+        and [*map(_dtype, tensors)].count(params[0].dtype) == len(tensors)
         and (all(map(_is_cpu, tensors)) or len(set(map(_device, tensors))) == 1)
         and all(map(Tensor.is_contiguous, tensors))
         and not any(map(Tensor.is_neg, [*params, *grads]))

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -26,23 +28,21 @@ def compile_kernel(dtype: str) -> tuple[str, str]:
 
     Returns:
         The symbol of the function ``kernel`` below, and the LLVM IR of a module with it.
+
+    Raises:
+        NotImplementedError: For float16, if the processor has no instructions that convert it.
     """
-    signature = types.void(
-        types.CPointer(types.CPointer(_STORED[dtype])),
-        types.CPointer(types.int64),
-        types.CPointer(types.uint8),
-        *[types.int64] * 3,
-        types.CPointer(types.int64),
-        types.CPointer(types.float64),
-        *[types.boolean] * 2,
-    )
-    widen, narrow = _CONVERSIONS.get(dtype, (_same, _same))
-    compiled = numba.cfunc(signature, error_model="numpy")(_kernel(_COMPUTED[dtype], widen, narrow))
+    has_float16 = llvm.get_process_triple().startswith(("aarch64", "arm64")) or llvm.get_host_cpu_features().get("f16c")
+    if dtype == "float16" and not has_float16:  # LLVM would call functions that need not exist
+        raise NotImplementedError("this processor has no instructions that convert float16")
+    signature = types.void(types.CPointer(types.int64))
+    kernel = _kernel(_COMPUTED[dtype], pointer_to(_STORED[dtype]), *_CONVERSIONS.get(dtype, (_same, _same)))
+    compiled = numba.cfunc(signature, error_model="numpy")(kernel)
     return compiled.native_name, compiled.inspect_llvm()
 
 
 @intrinsic
-def take(typing_context, taken, chunk):
+def take(typing_context, counter, chunk):
     """Add to a counter that threads share, and return its previous value."""
 
     def generate(context, builder, signature, arguments):
@@ -51,9 +51,23 @@ def take(typing_context, taken, chunk):
     return types.int64(types.CPointer(types.int64), types.int64), generate
 
 
-def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], Any]) -> Any:
+def pointer_to(kind: Any) -> Any:
+    """Return a function that converts an address to a pointer to values of this type."""
+
+    @intrinsic
+    def pointer(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return pointer
+
+
+def _kernel(number: Any, pointer: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], Any]) -> Any:
     """Build the kernel for one computation type; ``widen`` converts to it from memory, ``narrow`` back."""
     zero, one = number(0), number(1)
+    to_actions, to_numbers = pointer_to(types.uint8), pointer_to(types.float64)
 
     @numba.njit(error_model="numpy")
     def sign_of(x):
@@ -124,49 +138,50 @@ def _kernel(number: Any, widen: Callable[[Any], Any], narrow: Callable[[Any], An
             step_sizes[i] = narrow(clamped(widen(narrow(step_size * etaminus)), step_size_min, step_size_max))
             prevs[i] = narrow(zero)
 
-    def kernel(addresses, sizes, actions, rows, members, chunk, taken, numbers, maximize, forget):
+    def kernel(table):
         """Move chunk after chunk until none is left.
 
-        A row is a parameter, ``sizes`` counts the elements that each member has in it, and ``actions`` says whether a
-        member takes back its last move at flips (1) or everywhere (2). Chunks are counted over the elements of all
-        rows. Threads share the counter ``taken``, so that they finish together even if one of them is slow.
+        A row is a parameter. The table holds the numbers that are read below and then, for all rows, the addresses of
+        params, grads, prevs and step sizes, and how many elements each member has. ``actions`` says whether a member
+        takes back its last move at flips (1) or everywhere (2). Chunks are counted over the elements of all rows.
+        Threads share the counter at the table's start, so that they finish together even if one of them is slow.
         """
+        rows, members, chunk, maximize, forget = table[1], table[2], table[3], table[4] != 0, table[5] != 0
+        actions, numbers = to_actions(table[6]), to_numbers(table[7])
+        etaminus, etaplus = number(numbers[0]), number(numbers[1])
+        step_size_min, step_size_max, weight_decay = number(numbers[2]), number(numbers[3]), number(numbers[4])
         row, member, start = 0, 0, 0
         while row < rows:
-            begin = take(taken, chunk)
+            begin = take(table, chunk)
             end = begin + chunk
             while row < rows and start < end:
                 # members that do the same are moved together, because one of them may have very few elements
                 action, after = actions[member], member + 1
                 while after < members and actions[after] == action:
                     after += 1
-                size = (after - member) * sizes[row]
-                first = member * sizes[row] + max(begin - start, 0)
-                last = member * sizes[row] + min(end - start, size)
+                each = table[8 + 4 * rows + row]
+                size = (after - member) * each
+                first = member * each + max(begin - start, 0)
+                last = member * each + min(end - start, size)
+                params = pointer(table[8 + row])
+                grads = pointer(table[8 + rows + row])
+                prevs = pointer(table[8 + 2 * rows + row])
+                step_sizes = pointer(table[8 + 3 * rows + row])
                 if action & 2:
-                    retreat(
-                        addresses[row],
-                        addresses[2 * rows + row],
-                        addresses[3 * rows + row],
-                        first,
-                        last,
-                        number(numbers[0]),
-                        number(numbers[2]),
-                        number(numbers[3]),
-                    )
+                    retreat(params, prevs, step_sizes, first, last, etaminus, step_size_min, step_size_max)
                 else:
                     update(
-                        addresses[row],
-                        addresses[rows + row],
-                        addresses[2 * rows + row],
-                        addresses[3 * rows + row],
+                        params,
+                        grads,
+                        prevs,
+                        step_sizes,
                         first,
                         last,
-                        number(numbers[0]),  # as arguments; loaded in update() they make small steps 10 % slower
-                        number(numbers[1]),
-                        number(numbers[2]),
-                        number(numbers[3]),
-                        number(numbers[4]),
+                        etaminus,
+                        etaplus,
+                        step_size_min,
+                        step_size_max,
+                        weight_decay,
                         maximize,
                         forget,
                         action != 0,
@@ -200,34 +215,23 @@ def _float32_to_bfloat16(x):
     return np.uint16(rounded if x == x else np.uint32(0x7FC0))
 
 
-@numba.njit(error_model="numpy")
-def _float16_to_float32(bits):
-    # shift exponent and fraction into place; the product corrects the exponent's bias and normalizes subnormals
-    magnitude = np.uint32((np.uint32(bits) & np.uint32(0x7FFF)) << np.uint32(13))
-    finite = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112)).view(np.uint32)
-    unsigned = finite if magnitude < np.uint32(0x7C00 << 13) else np.uint32(magnitude | np.uint32(0x7F800000))
-    sign = np.uint32((np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16))
-    return np.uint32(unsigned | sign).view(np.float32)
+@intrinsic
+def _float16_to_float32(typing_context, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate
 
 
-@numba.njit(error_model="numpy")
-def _float32_to_float16(x):
-    bits = np.float32(x).view(np.uint32)
-    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
-    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    # normal: round off 13 bits to nearest even and subtract the difference in bias; overflow becomes infinity (0x7C00)
-    to_nearest_even = np.uint32(0x0FFF) + ((magnitude >> np.uint32(13)) & np.uint32(1))
-    normal = np.uint32(magnitude + to_nearest_even - np.uint32(112 << 23)) >> np.uint32(13)
-    normal = normal if normal < np.uint32(0x7C00) else np.uint32(0x7C00)
-    # subnormal (below 2**-14): adding 0.5 rounds to multiples of 2**-24
-    subnormal = np.float32(np.uint32(magnitude).view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(
-        0x3F000000
-    )
-    rounded = normal if magnitude >= np.uint32(113 << 23) else subnormal
-    return np.uint16(sign | (rounded if x == x else np.uint32(0x7E00)))
+@intrinsic
+def _float32_to_float16(typing_context, number):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
 
 
-_CONVERSIONS = {
+_CONVERSIONS: dict[str, Any] = {
     "bfloat16": (_bfloat16_to_float32, _float32_to_bfloat16),
     "float16": (_float16_to_float32, _float32_to_float16),
 }

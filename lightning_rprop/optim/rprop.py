@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial, reduce
+from functools import partial, reduce, wraps
 from operator import or_
-from typing import Any, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_rprop._torch import is_simulated, is_simulating, is_transformed, is_true, is_watched
+from lightning_rprop._torch import is_observed, is_simulated, is_simulating, is_transformed, is_true, is_watched
 from lightning_rprop.optim._checks import (
     LATER_OPTIONS,
     check_dtypes,
@@ -37,6 +37,9 @@ from lightning_rprop.optim._scratch import Scratch
 from lightning_rprop.optim._sharding import local, placed, whole, wide_dtype
 
 __all__ = ["Rprop", "rprop"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _ONE = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
@@ -151,6 +154,20 @@ class Rprop(Optimizer):
         self._unmoved = set()
         self.shared_loss, self.retreats = False, 0
         super().__init__(params, check_options(options))
+
+    @staticmethod
+    def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
+        """Wrap ``step`` for profilers and hooks like torch, at no cost if there are none.
+
+        Torch's wrapper takes a quarter of the time of a small step.
+        """
+        observed = Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            return (observed if is_observed(args[0]) else func)(*args, **kwargs)  # type: ignore[arg-type]
+
+        return step
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its options are checked like the constructor's.

@@ -11,6 +11,7 @@ from pathlib import Path
 from cases import INTERPRETED, PATHS
 
 from lightning_rprop.optim import _dispatch, _foreach, _machine_code, _numba, _rule
+from lightning_rprop.optim._threads import PROTOTYPE
 
 if INTERPRETED:
     from lightning_rprop.optim import _triton as fused_kernel
@@ -52,7 +53,7 @@ def use_mutant(monkeypatch, module, *edits):
         def load_kernel(dtype):
             name = str(dtype).removeprefix("torch.")
             source = inspect.getsource(module) + str(edits) + name
-            return _numba.PROTOTYPE(_machine_code.load("mutant", source, lambda: mutant.compile_kernel(name)))
+            return PROTOTYPE(_machine_code.load("mutant", source, lambda: mutant.compile_kernel(name)))
 
         monkeypatch.setattr(_numba, "load_kernel", load_kernel)
     else:

@@ -81,9 +81,9 @@ MUTANTS = {
     if INTERPRETED
     else (
         ("and actions[after] == action", ""),
-        ("first = member * sizes[row] +", "first ="),
-        ("last = member * sizes[row] +", "last ="),
-        ("start += size\n", "start += sizes[row]\n"),
+        ("first = member * each +", "first ="),
+        ("last = member * each +", "last ="),
+        ("start += size\n", "start += each\n"),
         ("member = after", "member = member + 1"),
         ("action != 0", "False"),
         ("if action & 2:", "if False:"),

@@ -12,7 +12,10 @@ from numba_programs import STEP, run_code
 from lightning_rprop import Rprop
 from lightning_rprop.optim import _numba, _threads
 
-LARGE = 4 * _numba._CHUNK
+CHUNK = _numba._CHUNK
+LARGE = 32 * CHUNK
+
+needs_openmp = pytest.mark.skipif(_threads._openmp(os.getpid()) is None, reason="needs Linux and OpenMP")
 
 
 @pytest.fixture
@@ -24,22 +27,75 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "allowed", "expected"),
-    [([LARGE], 3, 3), ([LARGE], 1, 1), ([1000] * 5, 3, 1), ([LARGE // 8] * 8, 3, 3), ([LARGE // 2], 3, 2), ([0], 3, 1)],
-    ids=str,
-)
-def test_thread_count_depends_on_work(sizes, allowed, expected, threads, monkeypatch):
-    torch.set_num_threads(allowed)
-    asked = []
-    pool = _threads._pool
-    monkeypatch.setattr(_threads, "_pool", lambda helpers: asked.append(helpers) or pool(helpers))
+@pytest.fixture
+def calls(monkeypatch):
+    """Record the calls of OpenMP and of the pool with their numbers of threads."""
+    found = []
+    openmp, pool = _threads._openmp(os.getpid()), _threads._pool
+
+    def parallel(kernel, argument, threads, flags):
+        found.append(("openmp", threads))
+        openmp(kernel, argument, threads, flags)
+
+    monkeypatch.setattr(_threads, "_openmp", lambda process: parallel)
+    monkeypatch.setattr(_threads, "_pool", lambda process, others: found.append(("pool", others)) or pool(0, others))
+    return found
+
+
+def fused_step(sizes):
     params = [torch.zeros(size, requires_grad=True) for size in sizes]
     optimizer = Rprop(params, fused=True)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    assert asked == [expected - 1] * (expected - 1)
+    assert all((p == torch.tensor(-0.01)).all() for p in params)
+
+
+@needs_openmp
+@pytest.mark.parametrize(
+    ("sizes", "allowed", "expected"),
+    [
+        ([CHUNK * 2], 3, True),
+        ([CHUNK * 2], 1, False),
+        ([1000] * 5, 3, False),
+        ([CHUNK // 4] * 8, 3, True),
+        ([0], 3, False),
+    ],
+    ids=str,
+)
+def test_openmp_team_is_torchs(sizes, allowed, expected, threads, calls):
+    """The team always has all threads: libgomp ends those that a smaller one does not need."""
+    torch.set_num_threads(allowed)
+    fused_step(sizes)
+    assert calls == [("openmp", 3)] * expected
+
+
+@pytest.mark.parametrize(
+    ("chunks", "allowed", "others"), [(32, 3, 2), (32, 1, 0), (16, 3, 1), (15, 3, 0), (2, 3, 0)], ids=str
+)
+def test_pool_size_depends_on_work(chunks, allowed, others, threads, calls, monkeypatch):
+    monkeypatch.setattr(_threads, "_openmp", lambda process: None)
+    torch.set_num_threads(allowed)
+    fused_step([CHUNK * chunks])
+    assert calls == [("pool", others)] * others
+
+
+THREADS = """
+import os, torch
+from lightning_rprop import Rprop
+torch.set_num_threads(3)
+p = torch.zeros(2_000_000, requires_grad=True)
+p.grad = p.detach() + 1  # starts torch's threads
+optimizer = Rprop([p], fused=True)
+before = sorted(os.listdir("/proc/self/task"))
+optimizer.step()
+print(len(before) > 2, before == sorted(os.listdir("/proc/self/task")))
+"""
+
+
+@needs_openmp
+def test_step_starts_no_threads():
+    assert run_code(THREADS) == "True True"
 
 
 def large_run(steps, **options):
@@ -52,7 +108,10 @@ def large_run(steps, **options):
     return p.detach()
 
 
-def test_concurrent_threads_are_bit_exact(threads):
+@pytest.mark.parametrize("engine", ["openmp", "pool"])
+def test_concurrent_threads_are_bit_exact(engine, threads, monkeypatch):
+    if engine == "pool":
+        monkeypatch.setattr(_threads, "_openmp", lambda process: None)
     expected = large_run(6, foreach=False)
     results = {}
     workers = [threading.Thread(target=lambda i=i: results.update({i: large_run(6, fused=True)})) for i in range(4)]
@@ -94,9 +153,9 @@ def step(grad):
 def helped():
     return any(thread.name.startswith("rprop") for thread in threading.enumerate())
 step(grads[0])
-assert helped()
+assert not helped()
 child = os.fork()
-if child == 0:  # torch operations with several threads would hang here: OpenMP threads do not survive a fork
+if child == 0:  # OpenMP would hang here: its threads do not survive a fork
     assert not helped()
     for grad in grads:
         step(grad)
@@ -112,7 +171,7 @@ print(p.double().sum().item(), optimizer.state[p]["step_size"].double().sum().it
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_openmp
 def test_forked_child_starts_its_own_threads():
     child, parent = run_code(FORK).splitlines()
     assert child == parent
