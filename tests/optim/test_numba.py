@@ -10,7 +10,7 @@ from cases import gradients
 from numba_programs import STEP, run_code
 
 from lightning_rprop import Rprop
-from lightning_rprop.optim import _numba, _threads
+from lightning_rprop.optim import _numba, _threads, rprop
 
 CHUNK = _numba._CHUNK
 LARGE = 32 * CHUNK
@@ -222,3 +222,20 @@ def test_fused_step_needs_no_extra_memory():
     ]
     assert megabytes[0] < 2
     assert megabytes[1] > 15  # the measurement works: a parameter has 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_number_of_16_bits_is_converted(dtype):
+    """Each number is a parameter, a gradient, a previous gradient and a step size, and results are rounded."""
+    every = torch.arange(1 << 16).to(torch.uint16).view(dtype)
+    results = []
+    for fused in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        rows = [every[torch.randperm(1 << 16, generator=generator)] for _ in range(4)]
+        rows[3] = rows[3].abs()
+        options = {"etaminus": 0.7, "etaplus": 1.3, "step_size_min": 1e-7, "step_size_max": 1e4, "weight_decay": 0.3}
+        rprop(*[[row] for row in rows], [torch.zeros(())], fused=fused, **options)
+        results.append(rows)
+    for kernel, loop in zip(*results, strict=True):
+        assert torch.equal(kernel.isnan(), loop.isnan())
+        assert torch.equal(*(row.nan_to_num(0.0, torch.inf, -torch.inf).view(torch.uint16) for row in (kernel, loop)))
