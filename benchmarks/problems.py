@@ -49,13 +49,24 @@ class Fit(NamedTuple):
         return list(net.parameters()), lambda: self.criterion(net(self.x), self.y)
 
 
-def table(load: Callable[..., tuple], classes: int, hidden: int) -> Fit:
-    """Fit a network to a standardized scikit-learn table: cross-entropy, or squared error if ``classes`` is 1."""
+def table(
+    load: Callable[..., tuple], classes: int, hidden: int, dtype: torch.dtype = torch.float32, standardize: bool = True
+) -> Fit:
+    """Fit a network to a scikit-learn table: cross-entropy, or squared error if ``classes`` is 1.
+
+    Args:
+        load: A loader of :mod:`sklearn.datasets`.
+        classes: The number of classes; 1 for a number to regress, which is standardized.
+        hidden: The number of hidden units.
+        dtype: The dtype of the inputs and the network.
+        standardize: Whether to standardize the inputs.
+    """
     inputs, targets = load(return_X_y=True)
-    x = torch.tensor(StandardScaler().fit_transform(inputs), dtype=torch.float32)
-    y = torch.tensor(targets) if classes > 1 else torch.tensor(targets, dtype=torch.float32).unsqueeze(1)
+    x = torch.tensor(StandardScaler().fit_transform(inputs) if standardize else inputs, dtype=dtype)
+    y = torch.tensor(targets) if classes > 1 else torch.tensor(targets, dtype=dtype).unsqueeze(1)
     y = y if classes > 1 else (y - y.mean()) / y.std()
-    return Fit(x, y, lambda: mlp(x.shape[1], hidden, classes), F.cross_entropy if classes > 1 else F.mse_loss)
+    criterion = F.cross_entropy if classes > 1 else F.mse_loss
+    return Fit(x, y, lambda: mlp(x.shape[1], hidden, classes).to(dtype), criterion)
 
 
 def oscillator() -> Start:
@@ -72,21 +83,26 @@ def oscillator() -> Start:
     return list(net.parameters()), loss
 
 
-def gaussian_process() -> Start:
+def likelihood(covariance: Tensor, y: Tensor) -> Tensor:
+    """Return the negative log likelihood per sample of a Gaussian process, NaN if the covariance is not positive."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    whitened = torch.linalg.solve_triangular(factor, y.unsqueeze(1), upper=False)
+    loss = (0.5 * whitened.square().sum() + factor.diagonal().log().sum()) / len(y)
+    return torch.where(failed == 0, loss, torch.nan)
+
+
+def gaussian_process(samples: int = 200) -> Start:
     """Fit a Gaussian process (10 length scales, signal, noise): negative log likelihood per sample."""
     inputs, targets = load_diabetes(return_X_y=True)
-    x = torch.tensor(StandardScaler().fit_transform(inputs))[:200]
-    y = torch.tensor(targets)[:200]
+    x = torch.tensor(StandardScaler().fit_transform(inputs))[:samples]
+    y = torch.tensor(targets)[:samples]
     y = (y - y.mean()) / y.std()
     logs = (0.5 * torch.randn(12, dtype=torch.float64)).requires_grad_()
 
     def loss() -> Tensor:
         scaled = x / logs[:10].exp()
         covariance = logs[10].exp() * torch.exp(-0.5 * (scaled.unsqueeze(1) - scaled).square().sum(dim=2))
-        covariance = covariance + (logs[11].exp() + 1e-6) * torch.eye(len(x), dtype=torch.float64)
-        factor = torch.linalg.cholesky(covariance)
-        whitened = torch.linalg.solve_triangular(factor, y.unsqueeze(1), upper=False)
-        return (0.5 * whitened.square().sum() + factor.diagonal().log().sum()) / len(x)
+        return likelihood(covariance + (logs[11].exp() + 1e-6) * torch.eye(len(x), dtype=torch.float64), y)
 
     return [logs], loss
 
