@@ -15,7 +15,7 @@ default arguments. LBFGS has the strong Wolfe line search; "Rprop, LBFGS" spends
 
     python -m benchmarks.profile
     python -m benchmarks.profile --json profile.json --picture profile.png
-    python -m benchmarks.profile --read profile.json --picture profile.png
+    python -m benchmarks.profile --read profile.json --target 1e-6 --picture profile.png
     python -m benchmarks.profile --only digits,gp --seeds 1 --evaluations 200
 """
 
@@ -183,29 +183,27 @@ def failure_row(solver: str, problems: dict[str, Any]) -> list[str]:
     return [solver, *map(str, solved + failures), f"{milliseconds:.2f}"]
 
 
-def plot(problems: dict[str, Any], path: Path) -> None:
-    """Plot the profiles by evaluations and by seconds, a row for each target."""
+def plot(problems: dict[str, Any], label: str, path: Path) -> None:
+    """Plot the profiles for one target, by evaluations and by seconds."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(8.3, 7.2), layout="constrained")
-    panels = fig.subplots(len(TARGETS), 2, sharex=True, sharey=True)
+    fig = Figure(figsize=(8.3, 4.5), layout="constrained")
+    panels = fig.subplots(1, 2, sharey=True)
     factors = [10 ** (i / 100) for i in range(201)]
     starts = sum(len(found["starts"]) for found in problems.values())
-    for target, (label, row) in enumerate(zip(TARGETS, panels, strict=True)):
-        for axes, unit, about in zip(row, (COUNTS, TIMES), ("evaluations", "wall-clock"), strict=True):
-            costs = table(problems, target, unit)
-            curves = zip(*(profile(costs, factor) for factor in factors), strict=True)
-            for name, curve in zip(SOLVERS, curves, strict=True):
-                axes.plot(factors, curve, label=name, drawstyle="steps-post", **{"linewidth": 1, **LINES[name]})
-            axes.set(xscale="log", xlim=(1, 100), ylim=(0, 1), title=f"target {label}, by {about}")
-            axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
-            axes.set_xticks([], minor=True)
-            axes.grid(alpha=0.3)
-        row[0].set_ylabel(f"share of {starts} starts solved")
-    for axes in panels[-1]:
+    for axes, unit, about in zip(panels, (COUNTS, TIMES), ("evaluations", "wall-clock"), strict=True):
+        rows = table(problems, [*TARGETS].index(label), unit)
+        curves = zip(*(profile(rows, factor) for factor in factors), strict=True)
+        for name, curve in zip(SOLVERS, curves, strict=True):
+            axes.plot(factors, curve, label=name, drawstyle="steps-post", **{"linewidth": 1, **LINES[name]})
+        axes.set(xscale="log", xlim=(1, 100), ylim=(0, 1), title=f"solved to {label}, by {about}")
         axes.set_xlabel("cost at most this factor times the best solver's")
-    handles = dict(zip(SOLVERS, panels[0, 0].get_lines(), strict=True))
-    fig.legend(handles=[handles[name] for name in LINES], loc="outside lower center", ncols=3, frameon=False)
+        axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"share of {starts} starts")
+    handles = dict(zip(SOLVERS, panels[0].get_lines(), strict=True))
+    fig.legend(handles=[handles[name] for name in LINES], loc="outside lower center", ncols=4, frameon=False)
     fig.savefig(path, dpi=200)
 
 
@@ -224,7 +222,8 @@ def main() -> None:
     add_only(parser, CASES)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to a file after each problem")
     parser.add_argument("--read", type=Path, metavar="FILE", help="read the results from a file of --json; run nothing")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the profiles")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the profiles for one target")
+    parser.add_argument("--target", choices=TARGETS, default="1e-3", help="target of the picture (default: 1e-3)")
     arguments = parser.parse_args()
     if arguments.seeds < 1 or arguments.evaluations < 1:
         parser.error("--seeds and --evaluations must be >= 1")
@@ -248,7 +247,7 @@ def main() -> None:
         sys.exit("no problem is finished")
     report(results)
     if arguments.picture:
-        plot(results["problems"], arguments.picture)
+        plot(results["problems"], arguments.target, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -92,14 +92,16 @@ def test_budget_benchmark_prints_low_losses():
 
 def test_step_benchmark_prints_and_saves_table(tmp_path):
     file = tmp_path / "step.json"
-    output = run(ROOT, "-m", "benchmarks.step", "--seconds", "0.1", "--only", "small,memory", "--json", str(file))
+    before = ["--before", "HEAD"] if (ROOT / ".git").exists() else []
+    options = ("--seconds", "0.1", "--only", "small,memory", "--json", str(file), *before)
+    output = run(ROOT, "-m", "benchmarks.step", *options)
     figures = json.loads(file.read_text())
     rows = figures["rows"]
-    assert [row["peer"] for row in rows[:3]] == ["torch Rprop for-loop", "torch Rprop foreach", "torch SGD fused"]
-    assert len(rows) == 3 + 2
+    peers = ["torch Rprop for-loop", "torch Rprop foreach", "torch SGD fused"]
+    assert [row["peer"] for row in rows[:-2]] == peers + ["lightning_rprop before"] * bool(before)
     for row in rows:
         assert f"| {row['case']} | {row['peer']} | {row['ours']:.4g} {row['unit']} | {row['theirs']:.4g} " in output
-    assert rows[3]["ours"] < 0.1 < rows[4]["theirs"]  # bytes per parameter
+    assert rows[-1]["ours"] < 0.1 < rows[-1]["theirs"]  # bytes per parameter
     assert figures["machine"]["torch"] == torch.__version__
     assert "no case foo; there are resnet50" in run(ROOT, "-m", "benchmarks.step", "--only", "foo", fails=True)
 
