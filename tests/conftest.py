@@ -1,8 +1,9 @@
-"""Fixtures: the environment of subprocesses, SIGINT, a simulated accelerator; and the order of the tests."""
+"""Fixtures: the environment of subprocesses, SIGINT, accelerators; and the order of the tests."""
 
 import signal
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,6 +23,12 @@ def environment(tmp_path_factory):
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
+
+
+def pytest_runtest_setup(item):
+    """Skip tests that need a GPU if there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 def pytest_collection_modifyitems(items):

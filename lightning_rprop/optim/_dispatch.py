@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 
 from lightning_rprop._torch import is_simulated, is_simulating, is_transformed, is_watched
 from lightning_rprop.optim._foreach import update_foreach
-from lightning_rprop.optim._rule import Rule, update
+from lightning_rprop.optim._rule import Rule, Update, update
 from lightning_rprop.optim._scratch import Scratch
+from lightning_rprop.optim._self_check import check
 from lightning_rprop.optim._sharding import PLAIN, aligned, as_real, is_sharded, local, rows
 
 DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -29,8 +30,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "
 
 _dtype, _device, _is_cpu, _shape = map(attrgetter, ("dtype", "device", "is_cpu", "shape"))
 
-# The signature of all implementations: a call prepares the move and may fail, the returned function makes it.
-Update: TypeAlias = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Rule], Callable[[], None]]
+# The implementation for each device and dtype, or why there is none.
+_loaded: dict[tuple[torch.device, torch.dtype], Update | str] = {}
 
 # Parameters, gradients, previous gradients and step sizes.
 Lists: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -266,7 +267,15 @@ def _implementation(param: Tensor) -> Update | str:
         param.data_ptr()
     except RuntimeError as error:  # a wrapper without memory, as functionalization creates
         return str(error)
-    return _load(param.device, param.dtype)
+    key = param.device, param.dtype
+    chosen = _loaded.get(key)
+    if chosen is None:
+        # a check must not become part of a graph; the first step outside of one makes it
+        is_capturing = param.is_cuda and torch.cuda.is_current_stream_capturing()
+        chosen = _load(*key, is_checked=not is_capturing)
+        if not is_capturing:
+            _loaded[key] = chosen
+    return chosen
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -279,16 +288,19 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-@cache
-def _load(device: torch.device, dtype: torch.dtype) -> Update | str:
-    """Load the implementation for a device and a dtype, or return why there is none."""
+def _load(device: torch.device, dtype: torch.dtype, *, is_checked: bool) -> Update | str:
+    """Load the implementation for a device and a dtype, or return why there is none.
+
+    Triton's kernel is checked here if asked. Numba's is checked when it is compiled.
+    """
     if dtype not in DTYPES:
         return f"there is no kernel for {dtype}"
     try:
         if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
             from lightning_rprop.optim import _triton
 
-            _triton.try_out(dtype, device)
+            if is_checked:
+                check(_triton.update_triton, dtype, device)
             return _triton.update_triton
         if device.type == "cpu":
             from lightning_rprop.optim import _numba
@@ -300,9 +312,10 @@ def _load(device: torch.device, dtype: torch.dtype) -> Update | str:
             _warn_of_missing_compiler(str(error))
         return f"its compiler cannot be imported: {error}"
     except Exception as error:  # compilers raise anything, and the other implementations still work
+        other = "foreach implementation" if device.type in _FOREACH_DEVICES else "plain loop"
         warnings.warn(
-            f"Rprop cannot use its faster fused kernel for {dtype} on {device}: {error!r}. "
-            "Set fused=False to silence this warning.",
+            f"Rprop uses its {other} for {dtype} on {device}, because its fused kernel failed: {error!r}. "
+            "Report this to lightning_rprop, and set fused=False to silence this warning.",
             stacklevel=2,
         )
         return f"its kernel failed: {error!r}"

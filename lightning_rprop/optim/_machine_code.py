@@ -22,19 +22,22 @@ _DIGEST_SIZE = hashlib.sha256().digest_size
 _engines: list[Any] = []  # keeps the loaded code alive
 
 
-def load(name: str, source: str, compile_module: Callable[[], tuple[str, str]]) -> int:
+def load(name: str, source: str, compile_module: Callable[[], tuple[str, str]], check: Callable[[int], object]) -> int:
     """Load a function from the cache, or compile it.
 
     Args:
         name: Name of the function in the cache.
         source: Source code of the function, part of the cache key.
         compile_module: Compiles the function and returns its symbol and the LLVM IR of its module.
+        check: Called with the address of a function that was compiled, not loaded. If it raises, the function is not
+            written to the cache.
 
     Returns:
         The address of the function.
 
     Raises:
         RuntimeError: If the compiled code lacks the function.
+        Exception: Whatever ``compile_module`` or ``check`` raises.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -50,10 +53,8 @@ def load(name: str, source: str, compile_module: Callable[[], tuple[str, str]]) 
     key_parts = (source, version("numba"), version("llvmlite"), target.triple, cpu, features)
     key = hashlib.sha256("\0".join(key_parts).encode()).hexdigest()
     files = [folder / f"{name}-{key[:32]}.o" for folder in _folders()]
-    code = next((code for file in files if (code := _read(file))), None)
-    if code is None:
-        code = _emit(name, *compile_module(), target)
-        any(_write(file, code) for file in files)  # stops at the first folder that can be written to
+    cached = next((code for file in files if (code := _read(file))), None)
+    code = cached or _emit(name, *compile_module(), target)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -61,6 +62,9 @@ def load(name: str, source: str, compile_module: Callable[[], tuple[str, str]]) 
     address: int = engine.get_function_address(name)
     if not address:  # calling address 0 would crash the process
         raise RuntimeError(f"The compiled code has no function {name}.")
+    if not cached:
+        check(address)
+        any(_write(file, code) for file in files)  # stops at the first folder that can be written to
     return address
 
 

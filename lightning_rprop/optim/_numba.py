@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_rprop.optim._rule import Rule, rounded
+from lightning_rprop.optim._self_check import check
 from lightning_rprop.optim._threads import PROTOTYPE, run
 
 # What all members do, see _actions.
@@ -23,7 +24,12 @@ _CHUNK = 1 << 15
 
 
 def update_numba(
-    params: list[Tensor], grads: list[Tensor], prevs: list[Tensor], step_sizes: list[Tensor], rule: Rule
+    params: list[Tensor],
+    grads: list[Tensor],
+    prevs: list[Tensor],
+    step_sizes: list[Tensor],
+    rule: Rule,
+    kernel: Callable[..., None] | None = None,
 ) -> Callable[[], None]:
     """Prepare one move of all tensors at once; arguments as in :func:`lightning_rprop.optim._rule.update`.
 
@@ -53,7 +59,7 @@ def update_numba(
     )
     # the memory that the kernel works on must live as long as any of its threads
     needed = (params, grads, prevs, step_sizes, actions, numbers, table)
-    return partial(_move, load_kernel(dtype), sum(sizes) // _CHUNK, needed)
+    return partial(_move, kernel or load_kernel(dtype), sum(sizes) // _CHUNK, needed)
 
 
 def _actions(rule: Rule) -> array[int]:
@@ -69,7 +75,7 @@ def _move(kernel: Callable[[int], None], pieces: int, needed: tuple[Any, ...]) -
 
 @cache
 def load_kernel(dtype: torch.dtype) -> Callable[..., None]:
-    """Load the kernel for parameters of one dtype, or compile it if it is not in the cache.
+    """Load the kernel for parameters of one dtype, or compile and check it if it is not in the cache.
 
     Args:
         dtype: float64, float32, float16 or bfloat16.
@@ -79,6 +85,7 @@ def load_kernel(dtype: torch.dtype) -> Callable[..., None]:
 
     Raises:
         ImportError: If Numba is not installed.
+        RuntimeError: If the compiled kernel gives wrong results.
         Exception: Whatever Numba's compiler raises.
     """
     if find_spec("numba") is None:
@@ -92,5 +99,8 @@ def load_kernel(dtype: torch.dtype) -> Callable[..., None]:
 
         return compile_kernel(name)
 
+    def check_kernel(address: int) -> None:
+        check(partial(update_numba, kernel=PROTOTYPE(address)), dtype, torch.device("cpu"))
+
     source = Path(__file__).with_name("_numba_kernel.py").read_text()
-    return PROTOTYPE(load(f"rprop_{name}", source, compile_module))
+    return PROTOTYPE(load(f"rprop_{name}", source, compile_module, check_kernel))

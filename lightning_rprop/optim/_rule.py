@@ -96,6 +96,10 @@ class Rule(NamedTuple):
         return 1
 
 
+# The signature of all implementations: a call prepares the move and may fail, the returned function makes it.
+Update: TypeAlias = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Rule], Callable[[], None]]
+
+
 def update(
     params: list[Tensor],
     grads: list[Tensor],

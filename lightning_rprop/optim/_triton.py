@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_rprop.optim._rule import Rule, on_device, rounded
+from lightning_rprop.optim._rule import Rule, rounded
 
 # Elements per program of the kernel: 8 per thread with 8 warps.
 _BLOCK = 2048
@@ -22,8 +22,9 @@ _BLOCK = 2048
 # Types in memory. Bfloat16 is converted by hand, because Triton's interpreter (3.7) truncates where hardware rounds.
 _STORED = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.uint16}
 
-# The kernel's tables by content. Training reuses the same few addresses, hence few tables.
-_tables: dict[tuple[bytes, torch.device], Tensor] = {}
+# The kernel's tables by content, each with views of its last two entries, which are False and True. Training reuses the
+# same few addresses, hence few tables.
+_tables: dict[tuple[bytes, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 _MOST_TABLES = 32
 
 # Memory that captured graphs read, kept because they may be replayed at any time; and spare pinned memory by size.
@@ -43,24 +44,17 @@ def update_triton(
     """
     needed = (params, grads, prevs, step_sizes)  # gradients may be copies that nothing else references
     device, dtype, rows, members = params[0].device, params[0].dtype, len(params), rule.members
-    take_back = rule.take_back
     addresses = array("q", list(map(Tensor.data_ptr, [*params, *grads, *prevs, *step_sizes])))
     sizes = list(map(Tensor.numel, params))
     blocks = list(accumulate((-(-size // _BLOCK) for size in sizes), initial=0))
     if blocks[-1]:
-        numbers = rounded(dtype, rule[:5])
-        contents = addresses.tobytes() + array("q", blocks[:-1] + sizes).tobytes() + numbers.tobytes()
-        if isinstance(take_back, Tensor) and take_back.device != device and take_back.is_cpu and take_back.numel() == 1:
-            take_back = bool(take_back)
-        take_back_at = on_device(take_back, device) if isinstance(take_back, Tensor) else None
-        retreat_at = None if rule.retreat is False else on_device(rule.retreat, device)
-        if members > 1:  # one flag for each member, also where all have the same
-            take_back_at, retreat_at = (
-                None if flag is None else flag.reshape(-1).expand(members).contiguous()
-                for flag in (take_back_at, retreat_at)
-            )
+        flags = [_on_device(flag, device) for flag in (rule.take_back, rule.retreat)]
+        strides = [flag.stride(0) if isinstance(flag, Tensor) and flag.numel() > 1 else 0 for flag in flags]
+        integers = array("q", [*blocks[:-1], *sizes, rule.maximize, rule.forget, *strides, False, True])
+        contents = addresses.tobytes() + rounded(dtype, rule[:5]).tobytes() + integers.tobytes()
         with torch.cuda.device_of(params[0]):
-            table = _table_on_device(contents, device)
+            table, *known = _table_on_device(contents, device)
+        take_back_at, retreat_at = (flag if isinstance(flag, Tensor) else known[flag] for flag in flags)
 
     def move() -> None:
         if blocks[-1]:
@@ -75,11 +69,6 @@ def update_triton(
                     BLOCK=_BLOCK,
                     STORED=_STORED[dtype],
                     NUMBER=tl.float64 if dtype == torch.float64 else tl.float32,
-                    ALIGNED=not any(address % 16 for address in addresses),
-                    DECAY=rule.weight_decay != 0,
-                    MAXIMIZE=rule.maximize,
-                    FORGET=rule.forget,
-                    TAKE_BACK=take_back is True,
                     BY_MEMBER=members > 1,
                     num_warps=8,
                     enable_fp_fusion=False,  # a multiply-add rounds once where the other implementations round twice
@@ -89,42 +78,35 @@ def update_triton(
     return move
 
 
-def try_out(dtype: torch.dtype, device: torch.device) -> None:
-    """Make a step with one element, because Triton may be installed without a C compiler or for another GPU.
-
-    Args:
-        dtype: float64, float32, float16 or bfloat16.
-        device: Where to make the step.
-
-    Raises:
-        Exception: Whatever went wrong.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return  # the step must not become part of the graph
-    params, grads, prevs, step_sizes = ([torch.ones(1, dtype=dtype, device=device)] for _ in range(4))
-    rule = Rule(0.5, 1.2, 1e-6, 50, weight_decay=0.0, maximize=False, forget=True, take_back=False)
-    update_triton(params, grads, prevs, step_sizes, rule)()
+def _on_device(flag: bool | Tensor, device: torch.device) -> bool | Tensor:
+    """Return a flag of a rule as a bool, or as a tensor on the device."""
+    if not isinstance(flag, Tensor):
+        return flag
+    if flag.is_cpu and flag.device != device and flag.numel() == 1:
+        return bool(flag)
+    return flag.to(device)
 
 
-def _table_on_device(contents: bytes, device: torch.device) -> Tensor:
-    """Return the kernel's table on the device; it is copied only if no recent step had the same content."""
+def _table_on_device(contents: bytes, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an entry of ``_tables``; it is copied to the device only if no recent step had the same content."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    table = _tables.get((contents, device))
-    if table is None:
+    entry = _tables.get((contents, device))
+    if entry is None:
         host = torch.frombuffer(bytearray(contents), dtype=torch.int64)
         if device.type == "cuda":
             # no need to wait: torch reuses pinned memory only after the copy has finished
             host = _pinned(len(contents), capturing).copy_(host)
         table = torch.empty_like(host, device=device).copy_(host, non_blocking=True)
+        entry = table, table[-2:].view(torch.bool), table[-1:].view(torch.bool)
         if capturing:
             _captured.append(host)
         else:
-            _tables[contents, device] = table
+            _tables[contents, device] = entry
             if len(_tables) > _MOST_TABLES:
                 del _tables[next(iter(_tables))]
     if capturing:
-        _captured.append(table)
-    return table
+        _captured.append(entry[0])
+    return entry
 
 
 def _pinned(size: int, capturing: bool) -> Tensor:
@@ -136,7 +118,7 @@ def _pinned(size: int, capturing: bool) -> Tensor:
     return torch.empty(size // 8, dtype=torch.int64, pin_memory=True)
 
 
-@triton.jit(do_not_specialize=["rows", "members"])
+@triton.jit(do_not_specialize=["rows", "members", "take_back_at", "retreat_at"])
 def _kernel(
     table,
     rows,
@@ -147,31 +129,24 @@ def _kernel(
     BLOCK: tl.constexpr,
     STORED: tl.constexpr,
     NUMBER: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    DECAY: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    FORGET: tl.constexpr,
-    TAKE_BACK: tl.constexpr,
     BY_MEMBER: tl.constexpr,
 ):
-    # A row is a parameter. The table holds, for all rows, the addresses of params, grads, prevs and step sizes, the
-    # first block and the size; then the numbers of the rule. A block belongs to the last row that starts no later.
+    # A row is a parameter. The table holds, for all rows, the addresses of params, grads, prevs and step sizes; the
+    # numbers of the rule; for all rows, the first block and the size; and the rule's switches. A block belongs to the
+    # last row that starts no later. One compiled kernel serves all rules, so that checking it once is enough.
+    numbers = table + 4 * rows
+    shape = numbers + 5
+    switches = shape + 2 * rows
     block = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, ROWS)
-    firsts = tl.load(table + 4 * rows + index, mask=index < rows, other=block + 1)
+    firsts = tl.load(shape + index, mask=index < rows, other=block + 1)
     row = tl.sum((firsts <= block).to(tl.int32)) - 1
-    begin = (block - tl.load(table + 4 * rows + row)) * BLOCK
-    size = tl.load(table + 5 * rows + row)
-    params = tl.load(table + row).to(tl.pointer_type(STORED))
-    grads = tl.load(table + rows + row).to(tl.pointer_type(STORED))
-    prevs = tl.load(table + 2 * rows + row).to(tl.pointer_type(STORED))
-    step_sizes = tl.load(table + 3 * rows + row).to(tl.pointer_type(STORED))
-    if ALIGNED:  # like memory that torch allocates; allows loads of 16 bytes
-        params = tl.multiple_of(params, (16,))
-        grads = tl.multiple_of(grads, (16,))
-        prevs = tl.multiple_of(prevs, (16,))
-        step_sizes = tl.multiple_of(step_sizes, (16,))
-    numbers = table + 6 * rows
+    begin = (block - tl.load(shape + row)) * BLOCK
+    size = tl.load(shape + rows + row)
+    param = tl.load(table + row)
+    grad = tl.load(table + rows + row)
+    prev = tl.load(table + 2 * rows + row)
+    step_size = tl.load(table + 3 * rows + row)
     elements = tl.arange(0, BLOCK)
     offsets = begin + elements
     if BY_MEMBER:
@@ -181,25 +156,18 @@ def _kernel(
         left = tl.minimum((first + 1) * each - begin, BLOCK)
         short = tl.minimum(each, BLOCK)
         member = first + (elements + (short - left).to(tl.int32)) // short.to(tl.int32)
-        take_back = TAKE_BACK if take_back_at is None else tl.load(take_back_at + member, mask=offsets < size)
-        retreat = None if retreat_at is None else tl.load(retreat_at + member, mask=offsets < size)
+        take_back = tl.load(take_back_at + member * tl.load(switches + 2), mask=offsets < size)
+        retreat = tl.load(retreat_at + member * tl.load(switches + 3), mask=offsets < size)
     else:
-        take_back = TAKE_BACK if take_back_at is None else tl.load(take_back_at)
-        retreat = None if retreat_at is None else tl.load(retreat_at)
+        take_back = tl.load(take_back_at)
+        retreat = tl.load(retreat_at)
 
-    params += offsets
-    grads += offsets
-    prevs += offsets
-    step_sizes += offsets
-    if begin + BLOCK <= size:  # no mask, which would prevent wide loads
-        _update(
-            params, grads, prevs, step_sizes, None, numbers, take_back, retreat, STORED, NUMBER, DECAY, MAXIMIZE, FORGET
-        )
+    # whole blocks of memory as torch allocates it need no mask, and are loaded 16 bytes at a time
+    if (begin + BLOCK <= size) & ((param | grad | prev | step_size) % 16 == 0):
+        _update(param, grad, prev, step_size, offsets, None, numbers, switches, take_back, retreat, STORED, NUMBER)
     else:
         mask = offsets < size
-        _update(
-            params, grads, prevs, step_sizes, mask, numbers, take_back, retreat, STORED, NUMBER, DECAY, MAXIMIZE, FORGET
-        )
+        _update(param, grad, prev, step_size, offsets, mask, numbers, switches, take_back, retreat, STORED, NUMBER)
 
 
 @triton.jit
@@ -208,38 +176,40 @@ def _update(
     grads,
     prevs,
     step_sizes,
+    offsets,
     mask,
     numbers,
+    switches,
     take_back,
     retreat,
     STORED: tl.constexpr,
     NUMBER: tl.constexpr,
-    DECAY: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    FORGET: tl.constexpr,
 ):
+    params = _pointers(params, offsets, mask, STORED)
+    grads = _pointers(grads, offsets, mask, STORED)
+    prevs = _pointers(prevs, offsets, mask, STORED)
+    step_sizes = _pointers(step_sizes, offsets, mask, STORED)
     etaminus = tl.load(numbers).to(tl.float64, bitcast=True).to(NUMBER)
     etaplus = tl.load(numbers + 1).to(tl.float64, bitcast=True).to(NUMBER)
     step_size_min = tl.load(numbers + 2).to(tl.float64, bitcast=True).to(NUMBER)
     step_size_max = tl.load(numbers + 3).to(tl.float64, bitcast=True).to(NUMBER)
+    weight_decay = tl.load(numbers + 4).to(tl.float64, bitcast=True).to(NUMBER)
+    maximize = tl.load(switches).to(tl.int1)
+    forget = tl.load(switches + 1).to(tl.int1)
     param = _widen(tl.load(params, mask=mask), NUMBER)
     grad = _widen(tl.load(grads, mask=mask), NUMBER)
     prev = _widen(tl.load(prevs, mask=mask), NUMBER)
     step_size = _widen(tl.load(step_sizes, mask=mask), NUMBER)
 
     # gradient to minimize (the decay rounds twice, see enable_fp_fusion)
-    if MAXIMIZE:
-        grad = grad * -1.0  # in Triton, -x turns 0 into 0 instead of -0
-    if DECAY:
-        weight_decay = tl.load(numbers + 4).to(tl.float64, bitcast=True).to(NUMBER)
-        decay = _widen(_narrow(param * weight_decay, STORED), NUMBER)
-        grad = _widen(_narrow(grad + decay, STORED), NUMBER)
+    grad = tl.where(maximize, grad * -1.0, grad)  # in Triton, -x turns 0 into 0 instead of -0
+    decay = _widen(_narrow(param * weight_decay, STORED), NUMBER)
+    grad = tl.where(weight_decay != 0, _widen(_narrow(grad + decay, STORED), NUMBER), grad)
 
     # compare signs; sign(0) = 0, and sign(NaN) = 0 too
     sign = (grad > 0).to(NUMBER) - (grad < 0).to(NUMBER)
     agreement = sign * ((prev > 0).to(NUMBER) - (prev < 0).to(NUMBER))
-    if retreat is not None:
-        agreement = tl.where(retreat, -1.0, agreement)
+    agreement = tl.where(retreat, -1.0, agreement)
     flipped = agreement < 0
 
     # adapt the step size
@@ -252,20 +222,25 @@ def _update(
 
     # move; at a flip move back by the last step size, or not at all
     distance = tl.where(flipped & take_back, before, step_size)
-    if FORGET:
-        sign = tl.where(flipped & (take_back == 0), 0.0, sign)
-    if retreat is not None:
-        distance = tl.where(retreat, before, distance)
-        sign = tl.where(retreat, (prev < 0).to(NUMBER) - (prev > 0).to(NUMBER), sign)
+    sign = tl.where(forget & flipped & (take_back == 0), 0.0, sign)
+    distance = tl.where(retreat, before, distance)
+    sign = tl.where(retreat, (prev < 0).to(NUMBER) - (prev > 0).to(NUMBER), sign)
     tl.store(params, _narrow(param - sign * distance, STORED), mask=mask)
 
     # store the gradient: 0 at a flip, the previous one where this one is NaN
     grad = tl.where(grad == grad, grad, prev)
-    if FORGET:
-        grad = tl.where(flipped, 0.0, grad)
-    if retreat is not None:
-        grad = tl.where(retreat, 0.0, grad)
+    grad = tl.where(forget & flipped, 0.0, grad)
+    grad = tl.where(retreat, 0.0, grad)
     tl.store(prevs, _narrow(grad, STORED), mask=mask)
+
+
+@triton.jit
+def _pointers(address, offsets, mask, STORED: tl.constexpr):
+    """Return pointers to the elements of a tensor; without a mask its address is a multiple of 16."""
+    pointer = address.to(tl.pointer_type(STORED))
+    if mask is None:
+        pointer = tl.multiple_of(pointer, (16,))
+    return pointer + offsets
 
 
 @triton.jit

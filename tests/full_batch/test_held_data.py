@@ -59,7 +59,7 @@ def test_rank_holds_only_its_share():
     assert loader._is_on(torch.device("cpu"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_held_data_are_on_the_gpu_or_pinned():
     gpu = torch.device("cuda", 0)
     for device in (None, "cpu"):

@@ -74,8 +74,8 @@ MUTANTS = {
     ),
     fused_kernel: (
         ("(short - left)", "(short - short)"),
-        ("tl.load(take_back_at + member,", "tl.load(take_back_at + 0 * member,"),
-        ("tl.load(retreat_at + member,", "tl.load(retreat_at + 0 * member,"),
+        ("take_back_at + member *", "take_back_at + 0 * member *"),
+        ("retreat_at + member *", "retreat_at + 0 * member *"),
         ("first + (elements", "0 * first + (elements"),
     )
     if INTERPRETED

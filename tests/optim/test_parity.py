@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from cases import BY_PATH, DTYPES, INTERPRETED, SHARED, assert_same, gradients, parameters, train
+from cases import BY_PATH, DTYPES, INTERPRETED, PATHS, SHARED, assert_same, gradients, parameters, train
 from mutation import IMPLEMENTATIONS, fused_kernel, use_mutant
 
 from lightning_rprop import Rprop
@@ -78,8 +78,8 @@ NUMBA_MUTANTS = {
     "last element of a row left out": ("min(end - start, size)", "min(end - start, size - 1)"),
 }
 TRITON_MUTANTS = {
-    "gradient not zeroed after a flip": ("grad = tl.where(flipped, 0.0, grad)", "pass"),
-    "moves at a flip": ("sign = tl.where(flipped & (take_back == 0), 0.0, sign)", "pass"),
+    "gradient not zeroed after a flip": ("grad = tl.where(forget & flipped, 0.0, grad)", "pass"),
+    "moves at a flip": ("sign = tl.where(forget & flipped & (take_back == 0), 0.0, sign)", "pass"),
     "one step stale": ("sign = (grad > 0).to(NUMBER) - (grad < 0)", "sign = (prev > 0).to(NUMBER) - (prev < 0)"),
     "zero product counts as a flip": ("flipped = agreement < 0", "flipped = agreement <= 0"),
     "factors swapped": (
@@ -88,7 +88,7 @@ TRITON_MUTANTS = {
     ),
     "no upper bound": ("step_size = tl.where(step_size > step_size_max, step_size_max, step_size)", "pass"),
     "no lower bound": ("step_size = tl.where(step_size < step_size_min, step_size_min, step_size)", "pass"),
-    "maximize ignored": ("if MAXIMIZE:", "if False:"),
+    "maximize ignored": ("tl.where(maximize, grad * -1.0, grad)", "grad"),
     "block assigned to the next row": ("(firsts <= block).to(tl.int32)) - 1", "(firsts < block).to(tl.int32))"),
 }
 MUTANTS[fused_kernel] = TRITON_MUTANTS if INTERPRETED else NUMBA_MUTANTS
@@ -96,7 +96,7 @@ MUTANTS[fused_kernel] = TRITON_MUTANTS if INTERPRETED else NUMBA_MUTANTS
 
 @pytest.mark.parametrize(
     ("module", "mutation"),
-    [pytest.param(m, x, id=f"{m.__name__.split('.')[-1]}: {x}") for m in MUTANTS for x in MUTANTS[m]],
+    [pytest.param(m, x, id=f"{path}: {x}") for m, path in zip(MUTANTS, PATHS, strict=True) for x in MUTANTS[m]],
 )
 def test_parity_detects_wrong_code(module, mutation, monkeypatch):
     old, new = MUTANTS[module][mutation]

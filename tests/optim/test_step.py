@@ -1,4 +1,4 @@
-"""The step around the rule: closures, hooks, groups, missing gradients, errors, autograd and CUDA graphs."""
+"""The step around the rule: closures, hooks, groups, missing gradients, errors and autograd."""
 
 import pytest
 import torch
@@ -216,51 +216,3 @@ def test_differentiable_matches_ordinary_step():
         set_gradients(params, 1000 + step)
         optimizer.step(loss=losses[step])
     assert all(torch.equal(p, q) for p, q in zip(params, ordinary.params, strict=True))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(
-    "options", [{}, {"fused": True}, {"foreach": False}, {"foreach": True}, {"capturable": True}], ids=str
-)
-def test_cuda_matches_cpu_exactly(options):
-    gpu, cpu = ([p for d in (torch.float32, torch.bfloat16) for p in parameters(d)] for _ in range(2))
-    gpu = [p.detach().cuda().requires_grad_() for p in gpu]
-    a, b = Rprop(gpu, **options), Rprop(cpu)
-    for step in range(20):
-        for p, q, g in zip(gpu, cpu, gradients(cpu, step), strict=True):
-            p.grad, q.grad = g.cuda(), g
-        loss = torch.tensor(float("nan") if step in (5, 9, 10) else 1.0)
-        a.step(loss=loss.cuda())
-        b.step(loss=loss)
-    assert all(torch.equal(p.cpu(), q) for p, q in zip(gpu, cpu, strict=True))
-    assert a.retreats.item() == b.retreats.item() == 3
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graph_matches_eager_steps():
-    params = [p.detach().cuda().requires_grad_() for p in parameters(torch.float32)]
-    plain = [p.detach().clone().requires_grad_() for p in params]
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    refused = Rprop(params)
-    optimizer, eager = Rprop(params, capturable=True), Rprop(plain)
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        torch.zeros(1, device="cuda")  # torch warns about an empty graph
-        with pytest.raises(RuntimeError, match="Construct Rprop with capturable=True"):
-            refused.step()
-    stream, loss = torch.cuda.Stream(), torch.ones((), device="cuda")
-    with torch.cuda.stream(stream):
-        optimizer.step(loss=loss)  # creates the state
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step(loss=loss)
-    for step in range(10):
-        for p, q, g in zip(params, plain, gradients(plain, step), strict=True):
-            p.grad.copy_(g)
-            q.grad = g.cuda()
-        loss.fill_(float("nan") if step in (3, 4) else 1.0)
-        graph.replay()
-        eager.step(loss=loss)
-    assert all(torch.equal(p, q) for p, q in zip(params, plain, strict=True))
-    assert optimizer.retreats.item() == eager.retreats.item() == 2
