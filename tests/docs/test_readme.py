@@ -1,4 +1,4 @@
-"""Every snippet and every command of the README, docs/robust_fits.md and docs/many_starts.md runs."""
+"""Every snippet and every command of the README and the pages in docs runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TEXT = "".join((ROOT / page).read_text() for page in ("README.md", "docs/robust_fits.md", "docs/many_starts.md"))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("robust_fits", "many_starts", "profile")))
+TEXT = "".join((ROOT / page).read_text() for page in PAGES)
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 SNIPPETS = {re.match(r"# (\w+\.py)\n", text)[1]: text for language, text in BLOCKS if language == "python"}
 COMMANDS = dict.fromkeys(line for language, text in BLOCKS if language == "bash" for line in text.splitlines())
@@ -23,12 +24,15 @@ INSTALLING = {
     "pip install -c constraints.txt -e '.[examples]' && python examples/train.py",
     "pip install -c constraints.txt -e '.[test]' && pytest -n 2",
 }
-# test_examples.py runs shorter forms of these.
+# Other tests run shorter forms of these.
 LONG = {
     "python examples/gaussian_process.py",
     "python examples/multistart.py",
     "python examples/pinn.py",
-    *(f"python -m benchmarks.{name}" for name in ("budget", "precision", "stacked", "step", "traffic", "variants")),
+    *(
+        f"python -m benchmarks.{name}"
+        for name in ("budget", "gpu", "precision", "profile", "stacked", "step", "traffic", "variants")
+    ),
 }
 TESTED = [command for command in COMMANDS if command not in INSTALLING | LONG]
 

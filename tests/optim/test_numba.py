@@ -239,3 +239,17 @@ def test_every_number_of_16_bits_is_converted(dtype):
     for kernel, loop in zip(*results, strict=True):
         assert torch.equal(kernel.isnan(), loop.isnan())
         assert torch.equal(*(row.nan_to_num(0.0, torch.inf, -torch.inf).view(torch.uint16) for row in (kernel, loop)))
+
+
+def test_small_float16_numbers_survive_flushed_denormals():
+    """Float16 numbers below 6e-5 are subnormal, but those of float32, in which a step computes, are not."""
+    p = torch.zeros(40, dtype=torch.float16, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = Rprop([p], lr=2e-6, fused=True)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("needs a processor that flushes denormals")
+    try:
+        optimizer.step()
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(p, torch.full_like(p, -2e-6))
