@@ -82,14 +82,6 @@ def test_variants_benchmark_ranks_the_rules():
     assert "no problem foo; there are digits" in run(ROOT, "-m", "benchmarks.variants", "--only", "foo", fails=True)
 
 
-def test_budget_benchmark_prints_low_losses():
-    output = run(ROOT, "-m", "benchmarks.budget", "--seconds", "0.1", "--starts", "1", "--only", "ellipsoid")
-    _, *cells = re.search(r"^\| (ellipsoid.*) \|$", output, flags=re.MULTILINE)[1].split(" | ")
-    assert len(cells) == 4
-    assert all(float(cell.split()[0]) < 1 for cell in cells)
-    assert "at least 1, got 0" in run(ROOT, "-m", "benchmarks.budget", "--starts", "0", fails=True)
-
-
 def test_step_benchmark_prints_and_saves_table(tmp_path):
     file = tmp_path / "step.json"
     before = ["--before", "HEAD"] if (ROOT / ".git").exists() else []

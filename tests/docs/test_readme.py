@@ -31,7 +31,7 @@ LONG = {
     "python examples/pinn.py",
     *(
         f"python -m benchmarks.{name}"
-        for name in ("budget", "gpu", "precision", "profile", "stacked", "step", "traffic", "variants")
+        for name in ("gpu", "precision", "profile", "stacked", "step", "traffic", "variants")
     ),
 }
 TESTED = [command for command in COMMANDS if command not in INSTALLING | LONG]
