@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: tests, the kernels' check of themselves, and the times of a step.
+"""Everything that needs a GPU, in one command: tests, the self-checks of the kernels, and the times of a step.
 
 It writes one file with the device, the versions, the results and the figures. The file is rewritten after each result,
 so that a crash loses only what has not run. The exit code is 0 if everything passed, 1 if not, and 2 without a GPU. The
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.step import CUDA_CASES, machine, time_rows
+from benchmarks.step import CUDA_CASES, machine, time_rows, write_json
 from lightning_rprop.optim._foreach import update_foreach
 from lightning_rprop.optim._rule import Update
 from lightning_rprop.optim._self_check import check
@@ -117,6 +116,13 @@ def run_checks(implementations: dict[str, Update], device: torch.device) -> Iter
             yield {"kernel": name, "dtype": str(dtype).removeprefix("torch."), "seconds": seconds, "error": error}
 
 
+def update_triton(*arguments: Any) -> Any:
+    """Call the implementation in Triton, which may be missing."""
+    from lightning_rprop.optim import _triton
+
+    return _triton.update_triton(*arguments)
+
+
 def run_steps(seconds: float) -> Iterator[dict[str, Any]]:
     """Time the cases of ``benchmarks.step`` that need a GPU.
 
@@ -136,13 +142,6 @@ def run_steps(seconds: float) -> Iterator[dict[str, Any]]:
             yield {"case": name, "rows": [row._asdict() for row in rows], "roofline": roofline, "error": ""}
 
 
-def write(file: Path, report: dict[str, Any]) -> None:
-    """Write the report atomically."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, file)
-
-
 def main() -> int:
     """Run everything, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -151,12 +150,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, f"torch {torch.__version__} finds no GPU. Use a CUDA build of torch on a machine with a GPU.\n")
-    from lightning_rprop.optim._triton import update_triton
-
     report: dict[str, Any] = {"machine": describe()}
     print(json.dumps(report["machine"], indent=2), flush=True)
     report["tests"] = run_tests("-m", "gpu")
-    write(arguments.json, report)
+    write_json(arguments.json, report)
     for part, results in (
         ("checks", run_checks({"triton": update_triton, "foreach": update_foreach}, torch.device("cuda", 0))),
         ("steps", run_steps(arguments.seconds)),
@@ -164,7 +161,7 @@ def main() -> int:
         report[part] = []
         for result in results:
             report[part].append(result)
-            write(arguments.json, report)
+            write_json(arguments.json, report)
     errors = [result["error"] for part in ("checks", "steps") for result in report[part] if result["error"]]
     print("\n".join([*errors, f"{arguments.json} written"]))
     return 1 if errors or report["tests"]["exit_code"] else 0

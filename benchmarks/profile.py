@@ -25,7 +25,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ import torch
 
 from benchmarks.problems import add_only
 from benchmarks.solvers import RUNS, SOLVERS, Record, run
-from benchmarks.step import machine
+from benchmarks.step import machine, write_json
 from benchmarks.suite import CASES
 from benchmarks.suite.case import Case
 
@@ -69,7 +68,7 @@ def instance(case: Case, seed: int, budget: int) -> tuple[dict[str, Any], list[d
         torch.manual_seed(seed)
         records[name] = run(name, case.start(), budget)
     by = min(records, key=lambda each: records[each].best)
-    first, best = records[by].improvements[0][2], records[by].best
+    first, best = records[by].first, records[by].best
     if case.known < best:
         by, best = "nobody", case.known
     runs = []
@@ -207,13 +206,6 @@ def plot(problems: dict[str, Any], label: str, path: Path) -> None:
     fig.savefig(path, dpi=200)
 
 
-def write(results: Results, path: Path) -> None:
-    """Replace the file by the results."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(new, path)
-
-
 def main() -> None:
     """Run the solvers, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,7 +232,7 @@ def main() -> None:
             for name, found in measure(arguments.only, arguments.seeds, arguments.evaluations):
                 results["problems"][name] = found
                 if arguments.json:
-                    write(results, arguments.json)
+                    write_json(arguments.json, results)
         except KeyboardInterrupt:
             print("interrupted: the results are those of the finished problems", file=sys.stderr)
     if not results["problems"]:

@@ -42,13 +42,14 @@ SOLVERS: dict[str, list[str]] = {
 
 
 class Over(Exception):  # noqa: N818 (not an error)
-    """The evaluations are used up, or too many in a row were not finite."""
+    """Ends a run: the evaluations are used up, or too many in a row were not finite."""
 
 
 class Record:
     """The loss function of a run, with a record of its evaluations.
 
     Attributes:
+        first: The first loss.
         improvements: The evaluations that had the lowest loss so far: their number, the seconds, and the loss.
         evaluations: The number of evaluations of loss and gradient.
         not_finite: The number of evaluations whose loss was NaN or infinite.
@@ -61,6 +62,7 @@ class Record:
         self._budget = budget
         self.improvements: list[tuple[int, float, float]] = []
         self.evaluations = self.not_finite = self._in_a_row = 0
+        self.first = math.nan
         self.best = math.inf
         self.seconds = 0.0
         self.error: str | None = None
@@ -76,6 +78,8 @@ class Record:
         loss.backward()
         value = loss.item()
         self.evaluations += 1
+        if self.evaluations == 1:
+            self.first = value
         if not math.isfinite(value):
             self.not_finite += 1
             self._in_a_row += 1

@@ -323,6 +323,13 @@ def processor() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def write_json(path: Path, figures: object) -> None:
+    """Replace a file by figures."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(figures, indent=2) + "\n")
+    os.replace(new, path)
+
+
 def main() -> None:
     """Print the table."""
     cases = CASES | (CUDA_CASES if torch.cuda.is_available() else {})
@@ -331,7 +338,7 @@ def main() -> None:
     parser.add_argument("--only", help=f"some of the cases, separated by commas: {', '.join([*cases, *others])}")
     parser.add_argument("--seconds", type=float, default=20, help="time for each case (default: 20)")
     parser.add_argument("--before", metavar="REVISION", help="also time the package of this git revision")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
     chosen = arguments.only.split(",") if arguments.only else [*cases, *others]
     if unknown := set(chosen) - {*cases, *others}:
@@ -362,7 +369,7 @@ def main() -> None:
     print("\n" + "\n".join(rooflines))
     if arguments.json:
         figures = {"machine": about, "rows": [row._asdict() for row in rows], "rooflines": rooflines}
-        Path(arguments.json).write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -270,11 +270,9 @@ def _implementation(param: Tensor) -> Update | str:
     key = param.device, param.dtype
     chosen = _loaded.get(key)
     if chosen is None:
-        # a check must not become part of a graph; the first step outside of one makes it
-        is_capturing = param.is_cuda and torch.cuda.is_current_stream_capturing()
-        chosen = _load(*key, is_checked=not is_capturing)
-        if not is_capturing:
-            _loaded[key] = chosen
+        if param.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "it cannot be checked while a graph is captured; make a step before the capture"
+        chosen = _loaded[key] = _load(*key)
     return chosen
 
 
@@ -288,10 +286,10 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _load(device: torch.device, dtype: torch.dtype, *, is_checked: bool) -> Update | str:
+def _load(device: torch.device, dtype: torch.dtype) -> Update | str:
     """Load the implementation for a device and a dtype, or return why there is none.
 
-    Triton's kernel is checked here if asked. Numba's is checked when it is compiled.
+    Triton's kernel is checked here, Numba's when it is compiled.
     """
     if dtype not in DTYPES:
         return f"there is no kernel for {dtype}"
@@ -299,12 +297,13 @@ def _load(device: torch.device, dtype: torch.dtype, *, is_checked: bool) -> Upda
         if device.type == "cuda" or (device.type == "cpu" and _INTERPRETED):
             from lightning_rprop.optim import _triton
 
-            if is_checked:
-                check(_triton.update_triton, dtype, device)
+            check(_triton.update_triton, dtype, device)
             return _triton.update_triton
         if device.type == "cpu":
             from lightning_rprop.optim import _numba
 
+            if dtype == torch.float16 and not _numba.has_float16():
+                return "this processor has no instructions that convert float16"
             _numba.load_kernel(dtype)
             return _numba.update_numba
     except ImportError as error:
@@ -314,8 +313,8 @@ def _load(device: torch.device, dtype: torch.dtype, *, is_checked: bool) -> Upda
     except Exception as error:  # compilers raise anything, and the other implementations still work
         other = "foreach implementation" if device.type in _FOREACH_DEVICES else "plain loop"
         warnings.warn(
-            f"Rprop uses its {other} for {dtype} on {device}, because its fused kernel failed: {error!r}. "
-            "Report this to lightning_rprop, and set fused=False to silence this warning.",
+            f"Rprop cannot use its fused kernel for {dtype} on {device}: {error!r}. It uses its {other} unless "
+            "fused=True. Report this to lightning_rprop, and set fused=False to silence this warning.",
             stacklevel=2,
         )
         return f"its kernel failed: {error!r}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 from llvmlite import ir
@@ -28,13 +27,7 @@ def compile_kernel(dtype: str) -> tuple[str, str]:
 
     Returns:
         The symbol of the function ``kernel`` below, and the LLVM IR of a module with it.
-
-    Raises:
-        NotImplementedError: For float16, if the processor has no instructions that convert it.
     """
-    has_float16 = llvm.get_process_triple().startswith(("aarch64", "arm64")) or llvm.get_host_cpu_features().get("f16c")
-    if dtype == "float16" and not has_float16:  # LLVM would call functions that need not exist
-        raise NotImplementedError("this processor has no instructions that convert float16")
     signature = types.void(types.CPointer(types.int64))
     kernel = _kernel(_COMPUTED[dtype], pointer_to(_STORED[dtype]), *_CONVERSIONS.get(dtype, (_same, _same)))
     compiled = numba.cfunc(signature, error_model="numpy")(kernel)

@@ -41,15 +41,27 @@ def check(implementation: Update, dtype: torch.dtype, device: torch.device) -> N
         RuntimeError: If a result differs. The message says which one.
         Exception: Whatever the implementation raises.
     """
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(_check, implementation, dtype, device).result()
+    mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    if mode:
+        torch.cuda.set_sync_debug_mode(0)  # the check waits for the device
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                done = thread.submit(_check, implementation, dtype, device)
+            except RuntimeError:  # no thread can start while the interpreter shuts down
+                _check(implementation, dtype, device)
+            else:
+                done.result()
+    finally:
+        if mode:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 @torch.no_grad()
 def _check(implementation: Update, dtype: torch.dtype, device: torch.device) -> None:
     given = _elements(dtype).to(device)
     layouts = [(offset, _layout(offset).to(device)) for offset in (0, 1)]
-    buffers = [given.index_select(1, places) for _, places in layouts]  # kept, because kernels may cache addresses
+    buffers = [given.index_select(1, places) for _, places in layouts]
     for rule in _rules(device):
         right = given.clone()
         param, grad, prev, step_size = ([row[:-1].view(_MEMBERS, -1)] for row in right)
@@ -93,9 +105,9 @@ def _rules(device: torch.device) -> Iterator[Rule]:
 
 def _layout(offset: int) -> Tensor:
     """Return the index of the element at each place of a buffer that holds all tensors."""
-    places = [torch.full((offset,), _NUMEL)]
-    for columns in torch.split(torch.arange(_NUMEL).view(_MEMBERS, -1), _COLUMNS, dim=1):
-        places += [columns.flatten(), torch.full((_gap(columns.numel()),), _NUMEL)]
+    places = [torch.full((offset,), _NUMEL, device="cpu")]
+    for columns in torch.split(torch.arange(_NUMEL, device="cpu").view(_MEMBERS, -1), _COLUMNS, dim=1):
+        places += [columns.flatten(), torch.full((_gap(columns.numel()),), _NUMEL, device="cpu")]
     return torch.cat(places)
 
 
@@ -121,10 +133,10 @@ def _elements(dtype: torch.dtype) -> Tensor:
     limits = torch.finfo(dtype)
     sizes = [0.0, limits.tiny * limits.eps, limits.tiny, limits.max, torch.inf]  # the second is the smallest subnormal
     signed = [*sizes, *(-size for size in sizes), torch.nan]
-    index, generator = torch.arange(_NUMEL + 1), torch.Generator().manual_seed(0)
+    index, generator = torch.arange(_NUMEL + 1, device="cpu"), torch.Generator().manual_seed(0)
 
     def pick(special: list[float], random: int, stride: int) -> Tensor:
-        values = torch.randn(len(index), generator=generator, dtype=torch.float64)
+        values = torch.randn(len(index), generator=generator, dtype=torch.float64, device="cpu")
         which = index // stride % (len(special) + random)
         for i, value in enumerate(special):
             values[which == i] = value

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,8 +21,6 @@ PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 # Pieces of work that are worth waking a thread of the pool, which takes about 50 microseconds.
 _PIECES_PER_THREAD = 8
-
-_process = os.getpid()
 
 
 def run(kernel: Callable[[int], None], argument: int, pieces: int, needed: Any) -> None:
@@ -47,19 +46,30 @@ def _openmp(process: int) -> Callable[..., None] | None:
     """Return the function that runs a kernel on the threads of torch's OpenMP, or ``None`` if there is none.
 
     Other threads start late, because those of OpenMP wait for more work in a busy loop. The function is the one that
-    compilers call for ``#pragma omp parallel``: libgomp exports it, and LLVM's libomp on Linux. In a forked process it
-    would wait forever.
+    compilers call for ``#pragma omp parallel``: libgomp exports it, and LLVM's libomp on Linux. In a forked process
+    libgomp would wait forever for the threads of its parent.
     """
     is_available: Callable[[], bool] = torch.backends.openmp.is_available
-    if process != _process or sys.platform != "linux" or not is_available():
+    if sys.platform != "linux" or not is_available() or _is_forked(process):
         return None
-    try:
-        parallel = ctypes.CDLL(EXTENSION).GOMP_parallel
-    except (OSError, AttributeError):
+    # a library that was loaded first for all others (LD_PRELOAD), else the one that torch is linked to
+    found = (getattr(ctypes.CDLL(name), "GOMP_parallel", None) for name in (None, EXTENSION))
+    parallel = next(filter(None, found), None)
+    if parallel is None:
         return None
     parallel.argtypes = [PROTOTYPE, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
     return cast("Callable[..., None]", parallel)
+
+
+def _is_forked(process: int) -> bool:
+    """Return whether a process of Linux was forked and has not started another program since; also if unknown."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return True
+    flags = int(status.rpartition(")")[2].split()[6])
+    return bool(flags & 0x40)  # PF_FORKNOEXEC
 
 
 def _run_in_pool(kernel: Callable[[int], None], argument: int, others: int, needed: Any) -> None:

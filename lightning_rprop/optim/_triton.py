@@ -65,7 +65,7 @@ def update_triton(
                     members,
                     take_back_at,
                     retreat_at,
-                    ROWS=triton.next_power_of_2(rows),
+                    ROWS=max(256, triton.next_power_of_2(rows)),
                     BLOCK=_BLOCK,
                     STORED=_STORED[dtype],
                     NUMBER=tl.float64 if dtype == torch.float64 else tl.float32,
@@ -133,7 +133,8 @@ def _kernel(
 ):
     # A row is a parameter. The table holds, for all rows, the addresses of params, grads, prevs and step sizes; the
     # numbers of the rule; for all rows, the first block and the size; and the rule's switches. A block belongs to the
-    # last row that starts no later. One compiled kernel serves all rules, so that checking it once is enough.
+    # last row that starts no later. One compiled kernel serves all rules and up to 256 rows, so that the check runs the
+    # code that models run.
     numbers = table + 4 * rows
     shape = numbers + 5
     switches = shape + 2 * rows

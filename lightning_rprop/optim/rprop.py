@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_rprop._torch import is_observed, is_simulated, is_simulating, is_transformed, is_true, is_watched
+from lightning_rprop._torch import (
+    is_hooked,
+    is_simulated,
+    is_simulating,
+    is_transformed,
+    is_true,
+    is_watched,
+    record_event,
+)
 from lightning_rprop.optim._checks import (
     LATER_OPTIONS,
     check_dtypes,
@@ -157,15 +165,20 @@ class Rprop(Optimizer):
 
     @staticmethod
     def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
-        """Wrap ``step`` for profilers and hooks like torch, at no cost if there are none.
+        """Wrap ``step`` for profilers and hooks as torch does, at less cost if there are none.
 
-        Torch's wrapper takes a quarter of the time of a small step.
+        Torch's wrapper takes a quarter of the time of a small step. Hooks that are registered during a step run from
+        the next one on, and an ``ExecutionTraceObserver`` shows steps only together with a profiler.
         """
-        observed = Optimizer.profile_hook_step(func)
+        hooked = Optimizer.profile_hook_step(func)
 
         @wraps(func)
         def step(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            return (observed if is_observed(args[0]) else func)(*args, **kwargs)  # type: ignore[arg-type]
+            optimizer: Any = args[0]
+            if is_hooked(optimizer):
+                return hooked(*args, **kwargs)
+            with record_event(f"Optimizer.step#{type(optimizer).__name__}.step"):
+                return func(*args, **kwargs)
 
         return step
 

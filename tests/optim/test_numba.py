@@ -31,6 +31,7 @@ def threads():
 def calls(monkeypatch):
     """Record the calls of OpenMP and of the pool with their numbers of threads."""
     found = []
+    _numba.load_kernel(torch.float32)  # a kernel that is compiled is checked
     openmp, pool = _threads._openmp(os.getpid()), _threads._pool
 
     def parallel(kernel, argument, threads, flags):
@@ -175,6 +176,28 @@ print(p.double().sum().item(), optimizer.state[p]["step_size"].double().sum().it
 def test_forked_child_starts_its_own_threads():
     child, parent = run_code(FORK).splitlines()
     assert child == parent
+
+
+FORK_FIRST = """
+import os, torch
+torch.set_num_threads(3)
+torch.ones(1_000_000) + 1  # starts torch's threads
+child = os.fork()
+if child == 0:
+    from lightning_rprop import Rprop
+    params = [torch.zeros(20_000, requires_grad=True) for _ in range(8)]  # operations on one need one thread
+    for p in params:
+        p.grad = torch.ones_like(p)
+    Rprop(params, fused=True).step()
+    print("stepped", flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@needs_openmp
+def test_import_in_a_forked_child_steps():
+    assert run_code(FORK_FIRST) == "stepped"
 
 
 def test_step_works_at_interpreter_exit():

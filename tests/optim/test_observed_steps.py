@@ -1,4 +1,6 @@
-"""Profilers, hooks and subclasses see every step, although steps that nothing observes skip torch's wrapper."""
+"""Profilers and hooks see every step, although steps without them skip torch's wrapper."""
+
+import threading
 
 import pytest
 import torch
@@ -26,6 +28,16 @@ def test_profiler_shows_the_step():
     with torch.autograd.profiler.profile() as older:
         optimizer.step()
     assert "Optimizer.step#Rprop.step" in names_of(profiler) & names_of(older)
+
+
+def test_profiler_shows_steps_of_other_threads():
+    optimizer = new_optimizer()
+    all_threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=all_threads) as profiler:
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        thread.join()
+    assert "Optimizer.step#Rprop.step" in names_of(profiler)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +100,10 @@ def test_step_of_a_subclass_is_observed():
     assert Rprop.step.__doc__.startswith("Make one step")
 
 
-def test_is_observed_by_profilers_and_hooks():
+def test_is_hooked_by_profilers_and_hooks():
     optimizer = new_optimizer()
-    assert not _torch.is_observed(optimizer)
+    assert not _torch.is_hooked(optimizer)
     with torch.autograd.profiler.profile():
-        assert _torch.is_observed(optimizer)
+        assert _torch.is_hooked(optimizer)
     optimizer.register_step_pre_hook(lambda *_: None)
-    assert _torch.is_observed(optimizer)
+    assert _torch.is_hooked(optimizer)

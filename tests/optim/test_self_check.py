@@ -1,4 +1,4 @@
-"""The kernels' check of themselves: it detects errors in every branch, and leaves no trace.
+"""The kernels' self-check detects errors in every branch, and leaves no trace.
 
 The tests of the fused kernel run with Numba's. test_triton.py runs them with Triton's.
 """
@@ -134,6 +134,8 @@ WRONG_KERNELS = (
     if INTERPRETED
     else {
         "border of members": ("+ max(begin - start, 0)", "* 0 + max(begin - start, 0)"),
+        "start of a chunk": ("max(begin - start, 0)", "0 * max(begin - start, 0)"),
+        "next chunk": ("take(table, chunk)", "take(table, 2 * chunk)"),
         "flags of members": ("and actions[after] == action", ""),
         "last element": ("in range(first, last)", "in range(first, last - 1)"),
         "rounding of ties": ("+ ((bits >> np.uint32(16)) & np.uint32(1))", ""),
@@ -144,7 +146,7 @@ WRONG_KERNELS = (
 @pytest.mark.parametrize("edit", WRONG_KERNELS.values(), ids=WRONG_KERNELS)
 def test_check_detects_wrong_fused_kernels(edit, monkeypatch):
     use_mutant(monkeypatch, fused_kernel, edit)
-    implementation = fused_kernel.update_triton if INTERPRETED else _numba.update_numba
+    implementation = fused_kernel.update_triton if INTERPRETED else partial(_numba.update_numba, chunk=1000)
     with pytest.raises(RuntimeError, match="instead of"):
         check(implementation, torch.bfloat16, CPU)
 
