@@ -36,6 +36,7 @@ LONG = {
 }
 TESTED = [command for command in COMMANDS if command not in INSTALLING | LONG]
 
+PROFILE = ("two_stages.py", "units.py")
 MANY = ("stacked.py", "many.py", "many_lightning.py")
 
 # Substitutions that only compose the config, for commands that need GPUs, SLURM or another package's launcher.
@@ -109,7 +110,8 @@ def folder(tmp_path):
 
 def test_every_block_is_tested():
     assert {language for language, _ in BLOCKS} == {"python", "bash"}
-    tested_here = {"plain.py", "fit.py", "large.py", "take_over.py", "robust.py", "robust_lightning.py", *MANY}
+    robust = {"robust.py", "robust_lightning.py"}
+    tested_here = {"plain.py", "fit.py", "large.py", "take_over.py", *robust, *MANY, *PROFILE}
     run_by_commands = {"watch.py", "sweep.py", "app.py", "cli.py", "spread.py"}
     assert set(SNIPPETS) == tested_here | run_by_commands
     assert COMMANDS.keys() >= INSTALLING | LONG
@@ -119,6 +121,15 @@ def test_every_block_is_tested():
 
 def test_plain_snippet_reaches_low_loss(folder):
     assert float(run_seeded("plain.py", folder).split()[-1]) < 1e-3
+
+
+def test_two_stages_snippet_reaches_low_loss(folder):
+    assert float(run_seeded("two_stages.py", folder).split()[-1]) < 1e-4
+
+
+def test_units_snippet_finds_the_parameters(folder):
+    output = run("python units.py", folder).strip().splitlines()[-1]
+    assert output.startswith("{'amplitude': 1200.0, 'rate': 0.002, 'background': 0.0")
 
 
 def test_take_over_snippet_steps_once_per_epoch(folder):
