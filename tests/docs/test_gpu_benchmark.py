@@ -38,7 +38,7 @@ def test_broken(broken): pass
 def test_gpu_test_results_are_counted(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "test_unimportable.py").write_text("import nothing_of_this_name")
-    results = gpu.run_tests(str(tmp_path), "-p", "no:cacheprovider")
+    results = gpu.run_tests(str(tmp_path), f"--rootdir={tmp_path}", "-p", "no:cacheprovider")
     failures = results.pop("failures")
     assert results == {"exit_code": 1, "passed": 1, "failed": 3, "skipped": 2}
     assert [*failures] == ["::test_unimportable", "test_some::test_bad", "test_some::test_broken"]

@@ -63,7 +63,7 @@ print(len(caught), caught[0].message)
 """
     first, second = run_code(program, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
     assert first == "plain loaded"
-    assert second.startswith("1 Rprop uses its plain loop for torch.float32 on cpu, because its fused kernel failed: ")
-    assert second.endswith(
-        "OSError('no compiler today'). Report this to lightning_rprop, and set fused=False to silence this warning."
+    assert second == (
+        "1 Rprop cannot use its fused kernel for torch.float32 on cpu: OSError('no compiler today'). It uses its plain "
+        "loop unless fused=True. Report this to lightning_rprop, and set fused=False to silence this warning."
     )
