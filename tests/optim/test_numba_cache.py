@@ -1,6 +1,7 @@
 """The cache of compiled kernels: loading, damaged files, permissions and the choice of its folder."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,14 @@ from numba_programs import STEP, run_code
 from programs import run
 
 from lightning_rprop.optim import _machine_code, _numba
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A cache folder with a kernel."""
+    folder = tmp_path_factory.mktemp("compiled")
+    assert run_code(STEP, NUMBA_CACHE_DIR=str(folder)) == "fused compiled"
+    return folder
 
 
 def test_kernel_is_compiled_once_then_loaded(tmp_path):
@@ -74,9 +83,9 @@ def test_code_without_function_is_refused(tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
 @pytest.mark.parametrize("what", ["folder", "file"])
 @pytest.mark.parametrize("how", ["others", "group", "owner"])
-def test_code_writable_by_others_is_not_loaded(how, what, tmp_path):
+def test_code_writable_by_others_is_not_loaded(how, what, compiled, tmp_path):
     place = {"NUMBA_CACHE_DIR": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "home")}
-    run_code(STEP, **place)
+    shutil.copytree(compiled, tmp_path, dirs_exist_ok=True)
     (file,) = tmp_path.rglob("*.o")
     assert (file.parent.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
     target = file.parent if what == "folder" else file

@@ -12,8 +12,9 @@ from programs import run
 
 TESTS = Path(__file__).parent
 
-# The tests of the fused path, except those that only repeat others on longer trajectories.
-SELECTION = "fused and not function and not maximizing and not complex128 and not complex32"
+# The tests of the fused path, except those that only repeat others on longer trajectories, or for complex parameters,
+# which the kernel gets as real ones.
+SELECTION = "fused and not function and not maximizing and not complex"
 FILES = (
     "test_parity.py",
     "test_rules.py",
