@@ -219,6 +219,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.seeds < 1 or arguments.evaluations < 1:
         parser.error("--seeds and --evaluations must be >= 1")
+    if arguments.read and not arguments.read.is_file():
+        parser.error(f"--read: there is no file {arguments.read}")
     if arguments.picture and importlib.util.find_spec("matplotlib") is None:
         parser.error("--picture needs matplotlib: pip install 'lightning-rprop[plot]'")
 

@@ -346,7 +346,10 @@ def main() -> None:
 
     if arguments.before:
         folder = tempfile.TemporaryDirectory()
-        import_before(arguments.before, Path(folder.name))
+        try:
+            import_before(arguments.before, Path(folder.name))
+        except subprocess.CalledProcessError:
+            parser.error(f"--before: git has no package at revision {arguments.before}")
         for name, case in cases.items():
             cases[name] = case._replace(asked=case.asked | {BEFORE: 1})
 

@@ -95,6 +95,7 @@ def test_step_benchmark_prints_and_saves_table(tmp_path):
         assert f"| {row['case']} | {row['peer']} | {row['ours']:.4g} {row['unit']} | {row['theirs']:.4g} " in output
     assert rows[-1]["ours"] < 0.1 < rows[-1]["theirs"]  # bytes per parameter
     assert figures["machine"]["torch"] == torch.__version__
+    assert "no package at revision foo" in run(ROOT, "-m", "benchmarks.step", "--before", "foo", fails=True)
     assert "no case foo; there are resnet50" in run(ROOT, "-m", "benchmarks.step", "--only", "foo", fails=True)
 
 

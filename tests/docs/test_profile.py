@@ -117,6 +117,7 @@ def test_profile_benchmark_compares_every_solver(tmp_path):
 
     assert run(ROOT, "-m", "benchmarks.profile", "--read", file, "--picture", picture) == output
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "--read: there is no file" in run(ROOT, "-m", "benchmarks.profile", "--read", tmp_path / "no", fails=True)
     assert "no problem foo; there are digits" in run(ROOT, "-m", "benchmarks.profile", "--only", "foo", fails=True)
 
 
