@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import os
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.ranks import answer, on_ranks
-from benchmarks.step import processor
+from benchmarks.report import processor, write_json
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
 OURS = "FullBatch"
@@ -306,7 +305,7 @@ def main() -> None:
     about = ", ".join(f"{name} {version}" for name, version in versions.items())
     print(f"\n{about}; {processor()}, 1 thread")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"versions": versions, **found}, indent=1) + "\n")
+        write_json(arguments.json, {"versions": versions, **found})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.step import CUDA_CASES, machine, time_rows, write_json
+from benchmarks.report import machine, write_json
+from benchmarks.step import CUDA_CASES, time_rows
 from lightning_rprop.optim._foreach import update_foreach
 from lightning_rprop.optim._rule import Update
 from lightning_rprop.optim._self_check import check

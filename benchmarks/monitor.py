@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import statistics
@@ -36,7 +35,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from benchmarks.step import machine, resnet50
+from benchmarks.report import machine, write_json
+from benchmarks.step import resnet50
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop, StepSizeMonitor
 from lightning_rprop.monitor._names import DEFAULT
 from lightning_rprop.monitor._record import Plan, measure, summarize_gradients
@@ -223,9 +223,7 @@ def main() -> None:
         share, limit = line.monitor / line.step, "" if line.limit is None else f"{line.limit:.0%}"
         print(f"| {line.about} | {line.record:.3g} | {line.monitor:.3g} | {line.step:.3g} | {share:.2%} | {limit} |")
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"machine": about, "lines": [line._asdict() for line in lines]}, indent=2) + "\n"
-        )
+        write_json(arguments.json, {"machine": about, "lines": [line._asdict() for line in lines]})
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name for it)
 
 from benchmarks.problems import CANCER, DIABETES, DIGITS, Fit, add_only, mlp
-from benchmarks.step import machine
+from benchmarks.report import machine, print_table, write_json
 from lightning_rprop import Rprop
 
 LR = 0.01
@@ -227,13 +226,6 @@ def predicted_in_turn(lr: float) -> int:
     return max(0, math.ceil(math.log(2**-8 / lr) / math.log(1.2)))
 
 
-def print_table(head: list[str], lines: Iterable[list[str]]) -> None:
-    """Print lines in Markdown as soon as they are ready."""
-    print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for line in lines:
-        print(f"| {' | '.join(line)} |", flush=True)
-
-
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -282,7 +274,7 @@ def main() -> None:
     about = machine([])
     print(f"\n{', '.join(f'{name} {value}' for name, value in about.items())}, {time.perf_counter() - begin:.0f} s")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": about, **figures}, indent=2) + "\n")
+        write_json(arguments.json, {"machine": about, **figures})
 
 
 if __name__ == "__main__":

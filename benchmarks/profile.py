@@ -34,8 +34,8 @@ from typing import Any
 import torch
 
 from benchmarks.problems import add_only
+from benchmarks.report import machine, print_table, write_json
 from benchmarks.solvers import RUNS, SOLVERS, Record, run
-from benchmarks.step import machine, write_json
 from benchmarks.suite import CASES
 from benchmarks.suite.case import Case
 
@@ -125,13 +125,6 @@ def profile(rows: list[list[float]], factor: float) -> list[float]:
     """Return the share of rows in which each column is finite and at most ``factor`` times the least of its row."""
     within = [[math.isfinite(cost) and cost <= factor * min(row) for cost in row] for row in rows]
     return [statistics.mean(column) for column in zip(*within, strict=True)]
-
-
-def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """Print a table in Markdown."""
-    print("\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
 
 
 def report(results: Results) -> None:

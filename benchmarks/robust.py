@@ -14,7 +14,6 @@ ResNet-50's 25.6 million weights; the calls alternate, and the figures are media
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import sys
@@ -32,7 +31,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
-from benchmarks.step import machine, resnet50
+from benchmarks.report import machine, write_json
+from benchmarks.step import resnet50
 from lightning_rprop import Rprop
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # for the configs
@@ -138,9 +138,7 @@ def main() -> None:
             f"| {line.about} | {line.with_it:.4g} | {line.without:.4g} | {line.with_it / line.without:.3f} | {limit} |"
         )
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"machine": about, "lines": [line._asdict() for line in lines]}, indent=2) + "\n"
-        )
+        write_json(arguments.json, {"machine": about, "lines": [line._asdict() for line in lines]})
 
 
 if __name__ == "__main__":

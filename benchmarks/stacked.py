@@ -17,7 +17,6 @@ grows, and is gone at w = 10,000 (0.8 to 1.5 times as fast), in float32 a little
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.problems import mlp
-from benchmarks.step import machine
+from benchmarks.report import machine, write_json
 from lightning_rprop import Rprop, Stacked
 
 WIDTHS = ((1, 20, 1), (8, 20, 20, 1), (16, 48, 40, 1), (20, 90, 90, 1))
@@ -179,9 +178,7 @@ def main() -> None:
         rows.append(measure(Case(widths, members, dtype, arguments.device, **settings), arguments.seconds))
         print(rows[-1].text(), flush=True)
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"machine": about, "rows": [row._asdict() for row in rows]}, indent=2) + "\n"
-        )
+        write_json(arguments.json, {"machine": about, "rows": [row._asdict() for row in rows]})
 
 
 if __name__ == "__main__":

@@ -13,23 +13,22 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.report import machine, write_json
 from lightning_rprop import Rprop
 
 Shapes = list[tuple[int, ...]]
@@ -300,34 +299,6 @@ def memory_rows() -> list[Row]:
         Row(case, peer, round(per_parameter[OURS], 3), per_parameter[peer], "bytes per parameter", "0 bytes")
         for peer in (FOR_LOOP, FOREACH)
     ]
-
-
-def machine(devices: Iterable[str]) -> dict[str, str]:
-    """Describe the machine."""
-    about = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": processor(),
-        "threads": str(torch.get_num_threads()),
-    }
-    if "cuda" in devices:
-        about["gpu"] = torch.cuda.get_device_name()
-    return about
-
-
-def processor() -> str:
-    """Return the processor's name and its number of cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def write_json(path: Path, figures: object) -> None:
-    """Replace a file by figures."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(figures, indent=2) + "\n")
-    os.replace(new, path)
 
 
 def main() -> None:

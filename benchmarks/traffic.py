@@ -23,7 +23,6 @@ Predicted before the first run, with B bytes of gradients and N ranks:
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -49,7 +48,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.full_batch import Fit, data, fit, milliseconds
 from benchmarks.problems import mlp
 from benchmarks.ranks import answer, on_ranks
-from benchmarks.step import CASES, OURS, bytes_moved, machine, optimizer_program
+from benchmarks.report import machine, write_json
+from benchmarks.step import CASES, OURS, bytes_moved, optimizer_program
 from lightning_rprop import FullBatch, FullBatchLoader, Rprop
 
 INTERFACES = Path("/proc/net/dev")  # Linux's
@@ -270,7 +270,7 @@ def main() -> None:
     print("\n" + ", ".join(f"{name} {value}" for name, value in about.items()))
     if arguments.json:
         figures = {"machine": about, "rows": rows, "loads": [load._asdict() for load in found]}
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":
