@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from pages import ROOT, read_blocks, read_commands, read_snippets, run, run_seeded
 
-ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("robust_fits", "many_starts", "profile")))
-TEXT = "".join((ROOT / page).read_text() for page in PAGES)
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
-SNIPPETS = {re.match(r"# (\w+\.py)\n", text)[1]: text for language, text in BLOCKS if language == "python"}
-COMMANDS = dict.fromkeys(line for language, text in BLOCKS if language == "bash" for line in text.splitlines())
+BLOCKS = [block for page in PAGES for block in read_blocks(page)]
+SNIPPETS = {name: text for page in PAGES for name, text in read_snippets(page).items()}
+COMMANDS = dict.fromkeys(command for page in PAGES for command in read_commands(page))
 
 # These install first: .ci/run runs the whole lines, and test_app.py runs examples/train.py.
 INSTALLING = {
@@ -83,19 +78,6 @@ def find_case(command):
     cases = [case for case in CASES if re.search(case.command, command)]
     assert cases, f"no case for {command!r}"
     return cases[0]
-
-
-def run(command, folder):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def run_seeded(snippet, folder):
-    """Run a snippet with a fixed seed, because about one seed in several dozen misses the tested loss."""
-    program = f"import runpy, torch; torch.manual_seed(0); runpy.run_path('{snippet}', run_name='__main__')"
-    return run(f'python -c "{program}"', folder)
 
 
 @pytest.fixture
