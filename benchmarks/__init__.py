@@ -1,1 +1,1 @@
-"""Programs that print the tables of the README: ``python -m benchmarks.NAME``."""
+"""Programs that measure the figures of docs/benchmarks.md: ``python -m benchmarks.NAME``."""

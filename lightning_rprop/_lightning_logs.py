@@ -41,8 +41,8 @@ class StepLogs:
     Means are weighted by samples. Sums, minima, maxima and torchmetrics objects cover all micro-batches. ``sync_dist``
     synchronizes once per step instead of once per micro-batch, except for the first micro-batch that logs a value.
 
-    Call :meth:`before` and :meth:`after` around each micro-batch. Values are collected between :meth:`begin` and
-    :meth:`end`; without these, only the weight is set.
+    Call ``before()`` and ``after()`` around each micro-batch. Values are collected between ``begin()`` and
+    ``end()``; without these, only the weight is set.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:

@@ -21,7 +21,7 @@ Variant = Enum(
 
 @dataclass
 class RpropConf:
-    """Config of :class:`lightning_rprop.Rprop`, with the same names and defaults, without ``params``.
+    """Config of ``Rprop``, with the same names and defaults, without ``params``.
 
     ``_convert_`` turns OmegaConf containers into plain ones, so that checkpoints load with ``weights_only=True``.
     """
@@ -45,7 +45,7 @@ class RpropConf:
 
 @dataclass
 class StepSizeMonitorConf:
-    """Config of :class:`lightning_rprop.StepSizeMonitor`, with the same names and defaults."""
+    """Config of ``StepSizeMonitor``, with the same names and defaults."""
 
     _target_: str = "lightning_rprop.StepSizeMonitor"
     _convert_: str = "all"
@@ -61,7 +61,7 @@ class StepSizeMonitorConf:
 
 @dataclass
 class FullBatchConf:
-    """Config of :class:`lightning_rprop.FullBatch`, with the same names and defaults."""
+    """Config of ``FullBatch``, with the same names and defaults."""
 
     _target_: str = "lightning_rprop.FullBatch"
     _convert_: str = "all"
@@ -74,7 +74,7 @@ class FullBatchConf:
 
 @dataclass
 class KeepBestConf:
-    """Config of :class:`lightning_rprop.KeepBest`, with the same names and defaults."""
+    """Config of ``KeepBest``, with the same names and defaults."""
 
     _target_: str = "lightning_rprop.KeepBest"
     _convert_: str = "all"
@@ -83,7 +83,7 @@ class KeepBestConf:
 
 @dataclass
 class ConvergedConf:
-    """Config of :class:`lightning_rprop.Converged`, with the same names and defaults."""
+    """Config of ``Converged``, with the same names and defaults."""
 
     _target_: str = "lightning_rprop.Converged"
     _convert_: str = "all"

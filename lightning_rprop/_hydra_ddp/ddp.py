@@ -36,7 +36,7 @@ _last_job_with_ranks: RunningJob | None = None
 def hydra_ddp(trainer: pl.Trainer) -> Iterator[None]:
     """Make strategies that run the script once per rank (``ddp``, ``fsdp``, ...) work in Hydra jobs and sweeps.
 
-    Put all trainer calls into one block::
+    Put all trainer calls into one block:
 
         with hydra_ddp(trainer):
             trainer.fit(model)

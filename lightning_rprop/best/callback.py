@@ -22,11 +22,11 @@ from lightning_rprop.optim._sharding import is_slice
 class KeepBest(Callback):
     """Keep the weights with the lowest loss of the fit, and restore them at its end.
 
-    Needs :class:`~lightning_rprop.FullBatch`, which computes the exact loss of the weights. Every evaluation of the
+    Needs ``FullBatch``, which computes the exact loss of the weights. Every evaluation of the
     whole data set counts, also those within a step of ``max_iter`` or ``torch.optim.LBFGS``. With ``maximize=True`` of
     the optimizer, the highest loss is the best. The loss is logged as ``best/loss`` in every step.
 
-    If ``training_step`` returns losses of the members of a :class:`~lightning_rprop.Stacked` as ``member_losses``, each
+    If ``training_step`` returns losses of the members of a ``Stacked`` as ``member_losses``, each
     member ends with its own best weights. ``best/loss`` is then the best of all members.
 
     The weights are all parameters and buffers of the module. They are restored after the other callbacks have ended:
@@ -50,7 +50,7 @@ class KeepBest(Callback):
             parameter groups have ``maximize=True``, or if the parameters are those of FullyShardedDataParallel
             (version 1).
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_rprop import FullBatch
         >>> trainer = Trainer(callbacks=[FullBatch(), KeepBest()], logger=False)
@@ -114,7 +114,7 @@ class KeepBest(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Log the best loss once per epoch; :meth:`_update` replaces the value.
+        """Log the best loss once per epoch; ``_update()`` replaces the value.
 
         Not in on_train_batch_end, because that of this callback comes after that of ModelCheckpoint.
         """

@@ -25,12 +25,12 @@ _layout = operator.attrgetter("shape", "dtype", "device")
 class BestWeights:
     """Keep a copy of the parameters with the lowest loss so far.
 
-    Works in any loop and with any optimizer. Call :meth:`update` with the loss of the current parameters, before the
-    optimizer moves them, and :meth:`restore` at the end. The copy is allocated at the first update and reused. If loss
+    Works in any loop and with any optimizer. Call ``update()`` with the loss of the current parameters, before the
+    optimizer moves them, and ``restore()`` at the end. The copy is allocated at the first update and reused. If loss
     and parameters are on an accelerator, updates are conditional copies there, and nothing waits for the host. Only a
     tensor that changes its shape costs one comparison on the host.
 
-    With losses of shape ``(n,)`` for the members of :class:`~lightning_rprop.Stacked`, each member has its own best
+    With losses of shape ``(n,)`` for the members of ``Stacked``, each member has its own best
     update: row i of the parameters, and of the buffers whose first dimension is n too, is that of member i's lowest
     loss. Other buffers and frozen parameters are those of the lowest loss of all members.
 
@@ -45,7 +45,7 @@ class BestWeights:
         TypeError: If it is neither.
         ValueError: If it contains no tensor.
 
-    Example:
+    Examples:
         >>> w = torch.zeros(1, requires_grad=True)
         >>> optimizer = torch.optim.Rprop([w], lr=0.25, step_sizes=(0.25, 0.25))
         >>> best = BestWeights([w])
@@ -157,10 +157,10 @@ class BestWeights:
     @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the state of a :class:`BestWeights` of the same module or parameters, on any number of ranks.
+        """Load the state of a ``BestWeights`` of the same module or parameters, on any number of ranks.
 
         Args:
-            state_dict: The result of :meth:`state_dict`.
+            state_dict: The result of ``state_dict()``.
 
         Raises:
             ValueError: If the number, a shape or a dtype of the tensors differs; then nothing changes.

@@ -21,23 +21,23 @@ from lightning_rprop.optim._sharding import whole
 
 
 class Converged(Callback):
-    """Stops the Trainer when the run has converged, by the criteria of :class:`~lightning_rprop.Convergence`.
+    """Stops the Trainer when the run has converged, by the criteria of ``Convergence``.
 
     The run has converged when, for ``patience`` optimizer steps in a row, at least one of these criteria holds: the
     loss changed by at most ``tolerance_change`` of itself; no absolute gradient entry is larger than
     ``tolerance_grad``; no step size of Rprop is larger than ``tolerance_step``. Loss and gradient must be those of the
-    whole data set: use :class:`~lightning_rprop.FullBatch`, or a loop whose batch is the whole set. Without FullBatch,
+    whole data set: use ``FullBatch``, or a loop whose batch is the whole set. Without FullBatch,
     the losses of the ranks are averaged.
 
-    If ``training_step`` returns losses of the members of a :class:`~lightning_rprop.Stacked` as ``member_losses``, each
+    If ``training_step`` returns losses of the members of a ``Stacked`` as ``member_losses``, each
     member is judged by its own loss, gradients and step sizes. A member that has converged counts as converged from
     then on. A member whose loss is NaN or infinite for ``patience`` steps in a row does not count.
 
     All ranks stop at the same step, also with sharded parameters. The reason is printed. ``min_steps`` and
     ``min_epochs`` of the Trainer are respected. A step that a GradScaler skips does not count.
 
-    While the fit runs, the ``max_iter`` loop of :class:`~lightning_rprop.Rprop` ends early where that of
-    :class:`torch.optim.LBFGS` would: when the gradient is small, or the loss changed little between two evaluations.
+    While the fit runs, the ``max_iter`` loop of ``Rprop`` ends early where that of
+    ``torch.optim.LBFGS`` would: when the gradient is small, or the loss changed little between two evaluations.
     LBFGS itself has its own tolerances. With members and FullBatch, it ends when all of them have reached that, or when
     the best one has.
 
@@ -60,7 +60,7 @@ class Converged(Callback):
             several; if the Trainer accumulates gradients; if ``tolerance_step`` is set and the optimizer is no Rprop;
             or if DeepSpeed hides the gradients or step sizes.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_rprop import FullBatch
         >>> trainer = Trainer(callbacks=[FullBatch(), Converged(tolerance_change=1e-6)], logger=False)

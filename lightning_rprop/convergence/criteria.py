@@ -33,10 +33,10 @@ class Convergence:
     - The step sizes of Rprop are small: none is larger than ``tolerance_step``.
 
     A NaN or infinite value never satisfies a criterion, and none holds while the loss is NaN or infinite. The first two
-    are those of :class:`torch.optim.LBFGS`, except that LBFGS compares the absolute change of the loss, and has no
+    are those of ``torch.optim.LBFGS``, except that LBFGS compares the absolute change of the loss, and has no
     patience.
 
-    With losses of shape ``(n,)`` for the members of :class:`~lightning_rprop.Stacked`, each member is judged by its own
+    With losses of shape ``(n,)`` for the members of ``Stacked``, each member is judged by its own
     loss, gradients and step sizes, and has its own count of steps. A member that has converged counts as converged from
     then on. A member whose loss is NaN or infinite for ``patience`` steps in a row does not count.
 
@@ -57,7 +57,7 @@ class Convergence:
             ``members`` is unknown.
         TypeError: If a tolerance is not a number, or ``patience`` is not an integer.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_rprop import Convergence, Rprop
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -239,7 +239,7 @@ class Convergence:
             now: The loss, or the losses of the members.
             found: The criteria by which it, or each of them, has converged.
             lost: The number of steps in a row in which the loss of a member was not finite.
-            params: See :meth:`update`.
+            params: See ``update()``.
 
         Returns:
             The criteria of the members that count, if all these have converged. And their number, or the best one.

@@ -35,7 +35,7 @@ _CLOSURE_HOOKS = ("on_before_zero_grad", "optimizer_zero_grad", "on_before_backw
 
 
 class Evaluation:
-    """Computes the mean loss over all samples of all ranks and its gradient; every closure call goes to :meth:`run`.
+    """Computes the mean loss over all samples of all ranks and its gradient; every closure call goes to ``run()``.
 
     Let micro-batch i have the mean loss l_i over n_i samples. Its backward pass runs on ``n_i R unit l_i``. R is the
     number of ranks, because the strategy averages their gradients. ``unit`` is a power of two near 1/N, so the factor

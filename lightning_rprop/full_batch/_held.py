@@ -131,7 +131,7 @@ class HeldPart:
             )
 
     def close(self) -> None:
-        """Do nothing; the counterpart of :meth:`StreamedPart.close`."""
+        """Do nothing; the counterpart of ``StreamedPart.close()``."""
 
 
 def _cut(leaf: Any, part: slice) -> Any:

@@ -17,7 +17,7 @@ from lightning_rprop.full_batch._streamed import Streamed
 
 
 def make_source(data: Any, micro_batch_size: int | None) -> Held | Streamed:
-    """Build the source for the data of a :class:`~lightning_rprop.FullBatchLoader`.
+    """Build the source for the data of a ``FullBatchLoader``.
 
     Args:
         data: The loader's ``data``.

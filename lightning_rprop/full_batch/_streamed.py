@@ -61,7 +61,7 @@ class Streamed:
 
 
 class StreamedPart:
-    """One rank's batches, each with its number of samples as in :class:`HeldPart`.
+    """One rank's batches, each with its number of samples as in ``HeldPart``.
 
     Compares the first batches of the first two passes and warns if the data change from pass to pass.
 
@@ -128,7 +128,7 @@ class StreamedPart:
         return size if self._sizes is None or self._sizes[i : i + 1] == [size] else -1
 
     def end_pass(self) -> None:
-        """Do nothing; the counterpart of :meth:`HeldPart.end_pass`."""
+        """Do nothing; the counterpart of ``HeldPart.end_pass()``."""
 
     def close(self) -> None:
         """Shut down persistent workers, as Lightning does after a fit."""

@@ -32,7 +32,7 @@ from lightning_rprop.full_batch.loader import FullBatchLoader
 class FullBatch(Callback):
     """Makes each optimizer step use the whole data set, exactly, at any micro-batch size and on any number of ranks.
 
-    Needs a :class:`~lightning_rprop.FullBatchLoader` as the training data loader (or ``take_over=True``), automatic
+    Needs a ``FullBatchLoader`` as the training data loader (or ``take_over=True``), automatic
     optimization and one optimizer. The optimizer gets the gradient of the mean loss over all samples of all ranks. Each
     sample counts once, however the data are cut, and gradients are synchronized once per evaluation.
 
@@ -50,13 +50,13 @@ class FullBatch(Callback):
     DeepSpeed only the buffers), and the loader and the optimizer are as they were before the fit. Each step therefore
     begins by copying parameters, optimizer state and buffers into memory that is reused.
 
-    If the loss becomes NaN or infinite, a :class:`lightning_rprop.Rprop` takes back its last move, unless it has
+    If the loss becomes NaN or infinite, a ``lightning_rprop.Rprop`` takes back its last move, unless it has
     ``retreat=False``. FullBatch warns about the first such step, and stops the fit after 10 in a row; of several
     members all must have such a loss. On an accelerator it looks at the losses every 10 evaluations.
 
-    For a :class:`lightning_rprop.Stacked`, training_step returns ``{"loss": losses.sum(), "member_losses": losses}``.
+    For a ``Stacked``, training_step returns ``{"loss": losses.sum(), "member_losses": losses}``.
     The losses of the members, of shape ``(n,)``, are averaged like the loss. They replace it for a
-    :class:`lightning_rprop.Rprop`, whose closure then returns them, and for ``KeepBest``. ``outputs`` of
+    ``Rprop``, whose closure then returns them, and for ``KeepBest``. ``outputs`` of
     ``on_train_batch_end`` holds both. A member whose loss is NaN does not disturb the others.
 
     Args:
@@ -85,7 +85,7 @@ class FullBatch(Callback):
         RuntimeError: If the loss is not finite at the first evaluation, unless an Rprop has ``retreat=False``; or if an
             Rprop has taken back its last move in 10 evaluations in a row, without reaching a finite loss.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[FullBatch(log_as="train/loss")], logger=False)
 

@@ -29,13 +29,13 @@ class MicroBatch(NamedTuple):
 class FullBatchLoader:
     """A training data loader whose batches are optimizer steps over the whole data set.
 
-    Together with :class:`~lightning_rprop.FullBatch`, the Trainer gets ``steps_per_epoch`` batches per epoch, and each
+    Together with ``FullBatch``, the Trainer gets ``steps_per_epoch`` batches per epoch, and each
     batch is one pass over ``data``. So the progress bar, ``max_steps``, ``limit_train_batches``, ``val_check_interval``
     and callbacks count optimizer steps. It is not a ``DataLoader``, so Lightning inserts no sampler: the ranks share
     the samples without repeating or dropping any.
 
     Without micro-batches it can also be iterated without the callback, for example for validation. Every rank then sees
-    all of the data. In your own loop, iterate over :meth:`micro_batches`.
+    all of the data. In your own loop, iterate over ``micro_batches()``.
 
     Args:
         data: The data set, the same on every rank:
@@ -65,7 +65,7 @@ class FullBatchLoader:
         ValueError: If an argument is out of range, ``data`` is a list that could be samples as well as the parts of one
             batch, tensors have no samples, or a DataLoader's sampler shuffles, repeats or leaves out samples.
 
-    Example:
+    Examples:
         >>> x = torch.linspace(-1, 1, 10).unsqueeze(1)
         >>> loader = FullBatchLoader((x, x.sin()), micro_batch_size=4, steps_per_epoch=100)
         >>> [micro_batch.size for micro_batch in loader.micro_batches()]
@@ -188,7 +188,7 @@ class FullBatchLoader:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Accept the empty state of :meth:`state_dict`."""
+        """Accept the empty state of ``state_dict()``."""
 
     def _release(self) -> None:
         """Release the share, and drop an open pass."""

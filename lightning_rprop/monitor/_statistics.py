@@ -164,7 +164,7 @@ def quantiles(step_sizes: Sequence[Tensor], levels: Sequence[float]) -> Tensor:
 
 
 def sketch(step_sizes: Sequence[Tensor], size: int) -> Tensor:
-    """Summarize the elements of some tensors as ``size`` weighted numbers, for :func:`merged_quantiles`.
+    """Summarize the elements of some tensors as ``size`` weighted numbers, for ``merged_quantiles()``.
 
     Args:
         step_sizes: Real tensors of any floating-point dtypes and devices; may be empty.

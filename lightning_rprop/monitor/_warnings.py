@@ -126,7 +126,7 @@ class Advice:
 
         Args:
             trainer: The Trainer.
-            reason: From :func:`why_no_record`.
+            reason: From ``why_no_record()``.
         """
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._warn("no_record", reason)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class StepSizeMonitor(Callback):
     """Log the step sizes of Rprop: which parameters still learn, which are frozen, which oscillate.
 
-    Works with one or several :class:`lightning_rprop.Rprop` or ``torch.optim.Rprop``, next to other optimizers, in
+    Works with one or several ``lightning_rprop.Rprop`` or ``torch.optim.Rprop``, next to other optimizers, in
     automatic and manual optimization, and with sharded parameters.
 
     A record holds the statistics of one optimizer step, logged at the step number of Lightning's own values. Every
@@ -52,26 +52,18 @@ class StepSizeMonitor(Callback):
     parameter group (``group0``, or its ``"name"``; prefixed with ``optimizer1.`` if there are several Rprops), and
     ``step_size/<parameter name>/<statistic>`` for one parameter:
 
-    ======================  =================  ========================================================================
-    statistic               unit               meaning
-    ======================  =================  ========================================================================
-    ``mean``                of the weights     mean of the step sizes
-    ``min``, ``max``        of the weights     smallest and largest step size
-    ``median``              of the weights     half of the step sizes are smaller; the same as ``q50``
-    ``q10``, ``q2.5``, ...  of the weights     quantile, named by its level in per cent, ``q0`` to ``q100``
-    ``std_log10``           powers of ten      (population) standard deviation of log10 of the step sizes
-    ``lower_bound``,        of the weights     the bounds in force, ``step_sizes`` of the optimizer
-    ``upper_bound``
-    ``at_lower_bound``,     share, 0 to 1      weights whose step size is at the bound
-    ``at_upper_bound``
-    ``sign_changed``        share, 0 to 1      weights whose gradient changed sign since the step before (after weight
-                                               decay, as the rule sees it)
-    ``zero_gradient``       share, 0 to 1      entries of the gradient that were exactly zero
-    ``nonfinite_gradient``  entries            entries of the gradient that were infinite or NaN
-    ``retreats``            steps              how often in this run a :class:`lightning_rprop.Rprop` took back its last
-                                               move because of the loss, that of at least one member if there are
-                                               several, also before a resume; not for groups or single parameters
-    ======================  =================  ========================================================================
+    - ``mean``, ``min``, ``max``: of the step sizes, in the unit of the weights.
+    - ``median``: half of the step sizes are smaller; the same as ``q50``.
+    - ``q10``, ``q2.5``, ...: quantiles of the step sizes, named by their level in per cent, ``q0`` to ``q100``.
+    - ``std_log10``: (population) standard deviation of log10 of the step sizes, in powers of ten.
+    - ``lower_bound``, ``upper_bound``: the bounds in force, ``step_sizes`` of the optimizer, in the same unit.
+    - ``at_lower_bound``, ``at_upper_bound``: share (0 to 1) of the weights whose step size is at the bound.
+    - ``sign_changed``: share of the weights whose gradient changed sign since the step before (after weight decay, as
+      the rule sees it).
+    - ``zero_gradient``: share of the entries of the gradient that were exactly zero.
+    - ``nonfinite_gradient``: number of entries of the gradient that were infinite or NaN.
+    - ``retreats``: how often in this run a ``lightning_rprop.Rprop`` took back its last move because of the loss, that
+      of at least one member if there are several, also before a resume; not for groups or single parameters.
 
     The three of the gradient describe it just before the step, or the last one if the step evaluates several times. A
     parameter appears with its first gradient, even if it joins the optimizer later. Quantiles of sharded parameters are
@@ -85,7 +77,7 @@ class StepSizeMonitor(Callback):
         logging_interval: ``"step"`` records every ``every_n_steps`` optimizer steps, ``"epoch"`` at the end of each
             training epoch; ``None`` means ``"step"``.
         every_n_steps: Optimizer steps between two records; ``None`` follows ``Trainer(log_every_n_steps=...)``.
-        statistics: Names from the table above; by default all except quantiles and ``std_log10``, which are slower.
+        statistics: Names from the list above; by default all except quantiles and ``std_log10``, which are slower.
         per_parameter: Which parameters to log separately as well: ``True`` for all, or one or more file name patterns
             of their names, such as ``"encoder.*"``.
         per_group: Whether to log each parameter group separately as well.
@@ -104,7 +96,7 @@ class StepSizeMonitor(Callback):
         MisconfigurationException: At the start of ``fit``, if a pattern matches no parameter of the module, or
             DeepSpeed ZeRO has merged the parameters.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> monitor = StepSizeMonitor(statistics=["median", "q10", "q90"], per_parameter="net.*")
         >>> trainer = Trainer(callbacks=[monitor], logger=False)
@@ -309,7 +301,7 @@ class StepSizeMonitor(Callback):
     def plot(self, title: str = "") -> tuple[Figure, np.ndarray[Any, Any]]:
         """Plot the loss and, below it, the step sizes over the steps, of each parameter if they were logged.
 
-        If training_step returns ``member_losses`` (see :class:`lightning_rprop.FullBatch`), the loss of each member is
+        If training_step returns ``member_losses`` (see ``FullBatch``), the loss of each member is
         a thin line, and the best member is emphasised. The plot covers the whole run, with at most 800 records.
         ``python -m lightning_rprop.monitor FOLDER`` plots the files that a logger wrote; they hold no loss of a single
         member.

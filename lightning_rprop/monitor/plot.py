@@ -44,7 +44,7 @@ def plot_run(folder: str | Path) -> tuple[Figure, npt.NDArray[np.object_]]:
         folder: The log folder of a ``CSVLogger`` or ``TensorBoardLogger``, or a folder above it.
 
     Returns:
-        The figure, made by pyplot, and its axes from top to bottom. :func:`plot_series` says what they show.
+        The figure, made by pyplot, and its axes from top to bottom. ``plot_series()`` says what they show.
 
     Raises:
         FileNotFoundError: If there is no log.

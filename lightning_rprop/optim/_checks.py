@@ -112,7 +112,7 @@ def check_dtypes(options: Mapping[str, Any], params: Iterable[tuple[str, Tensor]
     """Check that the options of a group keep their meaning in the dtypes of its parameters.
 
     Args:
-        options: The result of :func:`check_options`.
+        options: The result of ``check_options()``.
         params: Names and parameters.
 
     Raises:
@@ -292,7 +292,7 @@ def members_losses(
         states: Its state.
         losses: Several numbers, of shape ``(n,)``.
         is_result: They are a closure's result, which may be anything if no option asks for a loss.
-        shared_loss: See :class:`lightning_rprop.Rprop`.
+        shared_loss: See ``Rprop``.
 
     Raises:
         ValueError: If a parameter that they judge has another first dimension. If no option asks for a loss, then only

@@ -27,7 +27,7 @@ def prepare_compiled(
     *,
     differentiable: bool,
 ) -> list[Callable[[], None]]:
-    """Prepare one move while the compiler traces it; arguments as in :func:`lightning_rprop.optim._dispatch.prepare`.
+    """Prepare one move while the compiler traces it; arguments as in ``lightning_rprop.optim._dispatch.prepare()``.
 
     The compiler itself fuses the plain loop across all tensors.
     """
@@ -50,7 +50,7 @@ def prepare_compiled(
 def update_opaque(
     params: list[Tensor], grads: list[Tensor], prevs: list[Tensor], step_sizes: list[Tensor], rule: Rule
 ) -> Callable[[], None]:
-    """Prepare one move by the operator; arguments as in :func:`lightning_rprop.optim._rule.update`."""
+    """Prepare one move by the operator; arguments as in ``lightning_rprop.optim._rule.update()``."""
     *_, maximize, forget, take_back, retreat = rule
     flags = [maximize, forget, take_back is True, retreat is True]
     take_back_if, retreat_if = (flag if isinstance(flag, Tensor) else None for flag in (take_back, retreat))

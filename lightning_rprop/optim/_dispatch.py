@@ -199,7 +199,7 @@ def _fused_for_all(
     """Return the fused implementation for all parameters at once, or ``None`` to check them one by one.
 
     It succeeds for nearly every model: all tensors are plain, contiguous, and have one dtype and device. That takes a
-    seventh of the time of :func:`fused_for` for each parameter.
+    seventh of the time of ``fused_for()`` for each parameter.
     """
     tensors = [*params, *grads, *prevs, *step_sizes]
     sizes = list(map(Tensor.numel, tensors))

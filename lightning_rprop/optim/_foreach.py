@@ -17,7 +17,7 @@ _dtype = attrgetter("dtype")
 def update_foreach(
     params: list[Tensor], grads: list[Tensor], prevs: list[Tensor], step_sizes: list[Tensor], rule: Rule
 ) -> Callable[[], None]:
-    """Prepare one move of all tensors at once; arguments as in :func:`lightning_rprop.optim._rule.update`.
+    """Prepare one move of all tensors at once; arguments as in ``lightning_rprop.optim._rule.update()``.
 
     Returns:
         A function that makes the move; it allocates no memory.

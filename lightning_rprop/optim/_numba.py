@@ -33,7 +33,7 @@ def update_numba(
     kernel: Callable[[int], None] | None = None,
     chunk: int = 0,
 ) -> Callable[[], None]:
-    """Prepare one move of all tensors at once; arguments as in :func:`lightning_rprop.optim._rule.update`.
+    """Prepare one move of all tensors at once; arguments as in ``lightning_rprop.optim._rule.update()``.
 
     The tensors have passed the checks of ``_dispatch.py`` and have one dtype. The rules are in ``_numba_kernel.py``.
     ``kernel`` and ``chunk`` are given when a new kernel is checked, with chunks so small that threads share the work.

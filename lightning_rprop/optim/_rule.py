@@ -71,7 +71,7 @@ class Rule(NamedTuple):
         step_size_max: Upper bound of every step size.
         weight_decay: This times the parameter is added to the gradient.
         maximize: Maximize instead of minimize.
-        forget: See :class:`AtFlip`.
+        forget: See ``AtFlip``.
         take_back: Undo the last move at a flip: a bool, a bool tensor of one element, or one of shape ``(n,)`` for
             parameters of shape ``(n, ...)``.
         retreat: Undo the last move of every weight and make no other; likewise.
@@ -214,7 +214,7 @@ def rounded(dtype: torch.dtype, numbers: tuple[float, ...]) -> array[float]:
 
     Args:
         dtype: The parameters' dtype.
-        numbers: The first five fields of a :class:`Rule`.
+        numbers: The first five fields of a ``Rule``.
 
     Returns:
         The numbers as C doubles; do not write to them.

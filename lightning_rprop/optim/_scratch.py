@@ -51,7 +51,7 @@ def reserve(scratch: Scratch, param: Tensor, names: Sequence[str]) -> None:
     Args:
         scratch: Memory reserved so far; modified in place.
         param: A parameter.
-        names: The fields of :class:`Space` that are needed.
+        names: The fields of ``Space`` that are needed.
     """
     key = param.device, param.dtype
     reserved, space = scratch.pop(key, (0, NEW))

@@ -27,7 +27,7 @@ def run(kernel: Callable[[int], None], argument: int, pieces: int, needed: Any) 
     """Run a kernel on as many threads as torch uses, including the calling one, and wait for all of them.
 
     Args:
-        kernel: A function of type :data:`PROTOTYPE`, called on each thread; processes whatever work is left.
+        kernel: A function of type ``PROTOTYPE``, called on each thread; processes whatever work is left.
         argument: What to call it with.
         pieces: How many pieces the work has.
         needed: Objects that must live as long as any thread runs, even if this call is interrupted.

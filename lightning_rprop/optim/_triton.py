@@ -35,7 +35,7 @@ _reserve: dict[int, Tensor] = {}
 def update_triton(
     params: list[Tensor], grads: list[Tensor], prevs: list[Tensor], step_sizes: list[Tensor], rule: Rule
 ) -> Callable[[], None]:
-    """Prepare one move of all tensors at once; arguments as in :func:`lightning_rprop.optim._rule.update`.
+    """Prepare one move of all tensors at once; arguments as in ``lightning_rprop.optim._rule.update()``.
 
     The tensors have passed the checks of ``_dispatch.py`` and have one dtype and device. Nothing waits for the device.
 

@@ -55,7 +55,7 @@ _ONE = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.flo
 class Rprop(Optimizer):
     """Resilient backpropagation: every weight has its own step size, and only the sign of its gradient counts.
 
-    A drop-in replacement for :class:`torch.optim.Rprop` with the same arguments, state and checkpoints. Results are
+    A drop-in replacement for ``torch.optim.Rprop`` with the same arguments, state and checkpoints. Results are
     equal bit for bit, except where torch's product of two gradients underflows or is NaN: torch multiplies gradients to
     compare their signs. The default rule is iRprop- (Igel and Huesken 2003), which is also what torch implements;
     ``lightning_rprop/optim/_rule.py`` defines all four.
@@ -72,10 +72,10 @@ class Rprop(Optimizer):
         step_sizes: Pair (min, max): bounds of every step size, in the unit of the weights.
         variant: Rule of the family: ``"irprop-"``, ``"irprop+"``, ``"rprop-"`` or ``"rprop+"``. They differ in what a
             weight does when its gradient changes sign: it stays (irprop-); it takes back its last move if the loss
-            rose, else stays (irprop+, which needs the loss, see :meth:`step`); it moves on (rprop-); it takes back its
+            rose, else stays (irprop+, which needs the loss, see ``step()``); it moves on (rprop-); it takes back its
             last move (rprop+).
         weight_decay: Factor of the weight that is added to its gradient before the sign is taken (coupled, L2).
-        max_iter: How often one ``step(closure)`` evaluates the closure and moves, as in :class:`torch.optim.LBFGS`; the
+        max_iter: How often one ``step(closure)`` evaluates the closure and moves, as in ``torch.optim.LBFGS``; the
             same for all groups. Values above 1 save the training loop's work between steps. The closure must then zero
             the gradients, which rules out gradient accumulation and ``torch.amp.GradScaler``.
         retreat: Whether a step whose loss is NaN, or infinite in the bad direction, takes back the last move of every
@@ -96,7 +96,7 @@ class Rprop(Optimizer):
     Attributes:
         shared_loss: Whether every process passes the same loss to a step (default: ``False``). With several processes
             irprop+ and the default ``retreat`` require it, because replicas that judge different losses diverge.
-            :class:`lightning_rprop.FullBatch` sets it during a fit; set it yourself if you reduce the loss over the
+            ``FullBatch`` sets it during a fit; set it yourself if you reduce the loss over the
             processes. It is not part of ``state_dict()``.
         retreats: How many steps have taken back the last move, of at least one member: 0, and from the first step on a
             tensor of one element on the device of the parameters. It is not part of ``state_dict()``.
@@ -107,7 +107,7 @@ class Rprop(Optimizer):
             one of a float8 dtype.
         RuntimeError: If ``fused=True`` and no fused kernel supports a parameter; also raised by a step.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_rprop import Rprop
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -342,7 +342,7 @@ class Rprop(Optimizer):
                 then holds losses of members if the first dimension of any parameter is n.
             loss: The loss of the current gradients, for loops that call ``backward`` themselves: a number, a tensor of
                 one element, or the losses of n members, a tensor of shape ``(n,)`` for parameters of shape
-                ``(n, ...)`` such as those of :class:`lightning_rprop.Stacked`. irprop+ and ``retreat`` then judge each
+                ``(n, ...)`` such as those of ``Stacked``. irprop+ and ``retreat`` then judge each
                 member by its own loss. A tensor on an accelerator is not copied to the host. It takes precedence over
                 the closure's result.
 
@@ -578,7 +578,7 @@ def rprop(
     r"""Make one step of Rprop with the given tensors; a drop-in replacement for ``torch.optim.rprop.rprop``.
 
     Call it under ``torch.no_grad()`` if parameters require grad, as with the functions of ``torch.optim``. Unlike
-    :class:`lightning_rprop.Rprop`, it does not check its arguments.
+    ``Rprop``, it does not check its arguments.
 
     Args:
         params: The parameters, real or complex, of any shape and memory format; modified in place.
@@ -688,7 +688,7 @@ def _count(steps: list[Tensor]) -> None:
 
 
 def _makes_state(optimizer: Optimizer) -> bool:
-    """Return whether this is the step by which torch.distributed.checkpoint creates state, see :meth:`Rprop.step`."""
+    """Return whether this is the step by which torch.distributed.checkpoint creates state, see ``Rprop.step()``."""
     groups = optimizer.param_groups
     return (
         not optimizer.state

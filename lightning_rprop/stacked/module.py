@@ -24,7 +24,7 @@ class Stacked(nn.Module):
 
     Rprop treats every weight separately, so n members with one optimizer train as they would in n separate runs. One
     evaluation of small members takes much less time than n evaluations. Sum their losses before ``backward()``: each
-    member then gets the gradient of its own loss. Pass the losses to :meth:`lightning_rprop.Rprop.step`, so that
+    member then gets the gradient of its own loss. Pass the losses to ``Rprop.step()``, so that
     irprop+ and ``retreat`` judge each member by its own.
 
     Parameters and buffers have the names of those of ``make()``, and a first dimension of n. They may be DTensors that
@@ -34,9 +34,9 @@ class Stacked(nn.Module):
     Args:
         make: Builds one member: a function without arguments that returns a new module. It is called n times.
         n: Number of members.
-        randomness: What random operations such as dropout do, as in :func:`torch.vmap`: ``"error"``, ``"different"``
+        randomness: What random operations such as dropout do, as in ``torch.vmap()``: ``"error"``, ``"different"``
             (different random numbers in each member) or ``"same"``.
-        chunk_size: How many members are evaluated at a time, as in :func:`torch.vmap`; ``None`` evaluates all. A
+        chunk_size: How many members are evaluated at a time, as in ``torch.vmap()``; ``None`` evaluates all. A
             smaller number saves memory.
 
     Raises:
@@ -45,7 +45,7 @@ class Stacked(nn.Module):
             module twice, different architectures, or a module without parameters, with lazy ones, or with a list of
             them in an attribute (as recurrent layers have).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_rprop import Rprop
         >>> x = torch.linspace(-1, 1, 20)[:, None]
@@ -97,7 +97,7 @@ class Stacked(nn.Module):
             Their outputs, a tensor or a nested structure of tensors, each with a first dimension of n.
 
         Raises:
-            RuntimeError: If :func:`torch.vmap` cannot run the module, or if the module writes to a buffer.
+            RuntimeError: If ``torch.vmap()`` cannot run the module, or if the module writes to a buffer.
         """
         return self._evaluate(inputs, kwargs, each=False)
 
@@ -107,15 +107,15 @@ class Stacked(nn.Module):
         After ``torch.distributed.fsdp.fully_shard``, call ``register_fsdp_forward_method(stacked, "forward_each")``.
 
         Args:
-            *inputs: Like those of :meth:`forward`, but every tensor has a first dimension of n.
+            *inputs: Like those of ``forward()``, but every tensor has a first dimension of n.
             **kwargs: Likewise.
 
         Returns:
-            As in :meth:`forward`.
+            As in ``forward()``.
 
         Raises:
             ValueError: If the first dimension of a tensor is not n.
-            RuntimeError: As in :meth:`forward`.
+            RuntimeError: As in ``forward()``.
         """
         for value in tree_leaves((inputs, kwargs)):
             if isinstance(value, Tensor) and (value.dim() == 0 or len(value) != self._n):

@@ -80,7 +80,7 @@ class Towers(torch.nn.Module):
 
 
 class Rows(Towers):
-    """One layer per variant, for low precision; the loss is summed in float32, as the README advises."""
+    """One layer per variant, for low precision; the loss is summed in float32, as docs/precision.md advises."""
 
     def __init__(self, variants=VARIANTS):
         super().__init__(())

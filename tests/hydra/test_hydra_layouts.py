@@ -134,7 +134,7 @@ def test_app_trains_and_keeps_its_callbacks(app):
     overrides = ["experiment=tuned", "+optimizer@model.optimizer=rprop", "callbacks=[default,full_batch]"]
     output = run(app, "train.py", *overrides, "model.optimizer.lr=0.05")
     assert output.splitlines()[-1] == "Rprop 0.05 ModelCheckpoint FullBatch"
-    assert list(composed(app, "callbacks=full_batch").callbacks) == ["full_batch"]  # as the README warns
+    assert list(composed(app, "callbacks=full_batch").callbacks) == ["full_batch"]  # as docs/hydra.md warns
 
 
 def test_typed_section_accepts_the_config(tmp_path):
