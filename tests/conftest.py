@@ -1,5 +1,6 @@
 """Fixtures: the environment of subprocesses, SIGINT, accelerators; and the order of the tests."""
 
+import os
 import signal
 
 import pytest
@@ -16,12 +17,24 @@ def interrupts():
 
 @pytest.fixture(autouse=True, scope="session")
 def environment(tmp_path_factory):
-    """Use empty kernel caches, not the user's, and one thread per subprocess, because several run simultaneously."""
+    """Use empty kernel caches, not the user's, and one thread per process, because threads that wait take its time."""
+    torch.set_num_threads(1)  # tests of threads set their number
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NUMBA_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Prepare Triton's interpreter once per launch; version 3.7 does so at each nested call, which doubles the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            from triton.runtime.interpreter import InterpretedFunction
+
+            patch.setattr(InterpretedFunction, "__call__", lambda self, *args: self.rewrite()(*args))
         yield
 
 

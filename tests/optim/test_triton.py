@@ -12,9 +12,12 @@ from programs import run
 
 TESTS = Path(__file__).parent
 
-# The tests of the fused path, except those that only repeat others on longer trajectories, or for complex parameters,
-# which the kernel gets as real ones.
-SELECTION = "fused and not function and not maximizing and not complex"
+# The tests of the fused path, except those that only repeat others: on longer trajectories, for complex parameters,
+# which the kernel gets as real ones, for initial step sizes, which it does not set, or in two more dtypes.
+SELECTION = (
+    "fused and not function and not maximizing and not complex and not lr- "
+    "and not ((tapes_match or bad_losses_match) and (torch.float32 or torch.float16))"
+)
 FILES = (
     "test_parity.py",
     "test_rules.py",
@@ -40,7 +43,7 @@ def test_under_the_interpreter():
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 350
 
 
 LAUNCHES = """
