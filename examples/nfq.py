@@ -1,17 +1,16 @@
 """Neural fitted Q iteration (Riedmiller 2005): the mountain car, with Rprop in a plain PyTorch loop.
 
-A car in a valley is too weak to drive straight up the hill to the goal at 0.5. It has to swing back first. A network Q
-learns for each state and action the cost of the way to the goal. Each iteration fits Q to all transitions seen so far,
-the full batch; the target is the cost of a decision plus the lowest Q of the next state. Weights are kept, step sizes
-are not, because they have shrunk for the last targets. BestWeights keeps the best policy (14 s on one CPU core).
+A car in a valley is too weak to drive straight up the hill to the goal. A network Q learns the cost of the way there.
+Each iteration fits Q to all transitions seen so far, the full batch, with a new Rprop and the same weights. BestWeights
+keeps the best policy (12 s on one CPU core).
 
     python examples/nfq.py
-    python examples/nfq.py --iterations 80 --seed 0
 """
 
 import argparse
 from functools import partial
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -20,25 +19,29 @@ from lightning_rprop import BestWeights, Rprop
 
 LOW, HIGH = torch.tensor([-1.2, -0.07]), torch.tensor([0.5, 0.07])  # of position and velocity
 VALLEY = torch.stack([torch.linspace(-0.6, -0.4, 41), torch.zeros(41)], dim=1)  # where the car starts
-HOLD = 4  # steps of the car for each decision
-COST = 0.02  # of a decision
+HOLD, COST = 4, 0.02  # steps of the car, and cost, for each decision
+
+
+def move(states, actions):
+    """Hold each action (0 is left, 1 is right) for some steps of the car, in NumPy as any simulator would be."""
+    position, velocity = states.numpy().T
+    for _ in range(HOLD):
+        velocity = np.clip(velocity + 0.001 * (2 * actions.numpy() - 1) - 0.0025 * np.cos(3 * position), -0.07, 0.07)
+        velocity = velocity * (position < 0.5)  # a car stops at the goal
+        position = np.maximum(position + velocity, -1.2)
+        velocity = velocity * (position > -1.2)  # a wall
+    return torch.from_numpy(np.stack([position, velocity], axis=1)).float()
 
 
 def drive(policy, states, decisions=50):
     """Drive a car from each state; return transitions (states, actions, next states), and each car's steps."""
     seen, steps = [], torch.full((len(states),), HOLD * decisions)
     for i in range(decisions):
-        actions = policy(states)  # 0 is left, 1 is right
-        position, velocity = states.unbind(1)
-        for _ in range(HOLD):
-            velocity = (velocity + 0.001 * (2 * actions - 1) - 0.0025 * (3 * position).cos()).clamp(-0.07, 0.07)
-            velocity = velocity * (position < 0.5)  # a car stops at the goal
-            position = (position + velocity).clamp(min=-1.2)
-            velocity = velocity * (position > -1.2)  # a wall
-        after = torch.stack([position, velocity], dim=1)
+        actions = policy(states)
+        after = move(states, actions)
         is_driving = states[:, 0] < 0.5
         seen.append([part[is_driving] for part in (states, actions, after)])
-        steps[is_driving & (position >= 0.5)] = HOLD * (i + 1)
+        steps[is_driving & (after[:, 0] >= 0.5)] = HOLD * (i + 1)
         states = after
     return [torch.cat(parts) for parts in zip(*seen, strict=True)], steps
 
@@ -46,8 +49,7 @@ def drive(policy, states, decisions=50):
 def fit(net, states, actions, after, evaluations=300):
     """Fit Q to the targets of all transitions."""
     with torch.no_grad():
-        rest = q(net, after).amin(dim=1) * (after[:, 0] < 0.5)
-    targets = (COST + rest).clamp(max=1).unsqueeze(1)
+        targets = (COST + q(net, after).amin(dim=1) * (after[:, 0] < 0.5)).clamp(max=1).unsqueeze(1)
     optimizer = Rprop(net.parameters())
     for _ in range(evaluations):
         optimizer.zero_grad()
@@ -77,10 +79,9 @@ def plot(net, means, file):
     costs, plane = q(net, torch.stack([position, velocity], dim=2)), (position.numpy(), velocity.numpy())
     image = left.pcolormesh(*plane, (costs.amin(dim=2) * HOLD / COST).numpy(), cmap="viridis_r")
     fig.colorbar(image, ax=left, label="steps to the goal by Q")
-    left.contour(*plane, costs.diff(dim=2).squeeze(2).numpy(), levels=[0], colors="white", linestyles="dashed")
     way = drive(partial(choose, net), VALLEY[20:21])[0][0].numpy()
     left.plot(*way.T, "o-", color="tab:red", markersize=3, label="greedy policy from the valley")
-    left.set(xlabel="position", ylabel="velocity", title="Learned cost (dashed: border of left and right)")
+    left.set(xlabel="position", ylabel="velocity", title="Learned cost")
     left.legend(loc="lower left", fontsize="small")
     right.plot(range(1, len(means) + 1), means)
     right.set(xlabel="iteration", title="Mean steps to the goal, greedy policy", ylim=0)
@@ -91,7 +92,7 @@ def main():
     """Learn a policy, print its steps to the goal and save the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=40, help="iterations (default: 40)")
-    parser.add_argument("--seed", type=int, default=2, help="seed (default: 2)")
+    parser.add_argument("--seed", type=int, default=3, help="seed (default: 3)")
     parser.add_argument("--output", default="nfq.png", help="file of the plot (default: nfq.png)")
     arguments = parser.parse_args()
     if arguments.iterations < 1:
