@@ -53,11 +53,11 @@ def main():
     """Train on all devices, then compare and plot on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=2, help="number of processes (default: 2)")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: 1000)")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of 100 steps (default: 10)")
     parser.add_argument("--output", default="ddp.png", help="file of the plot (default: ddp.png)")
     arguments = parser.parse_args()
-    if arguments.devices < 1 or arguments.steps < 1:
-        parser.error(f"--devices and --steps must be >= 1, got {arguments.devices} and {arguments.steps}")
+    if arguments.devices < 1 or arguments.epochs < 1:
+        parser.error(f"--devices and --epochs must be >= 1, got {arguments.devices} and {arguments.epochs}")
 
     torch.set_num_threads(1)  # faster for small tensors, and the processes share the cores
     x = 2 * torch.rand(1003, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 1
@@ -68,8 +68,7 @@ def main():
         accelerator="cpu",
         devices=arguments.devices,
         strategy="ddp",
-        max_steps=arguments.steps,
-        max_epochs=-1,
+        max_epochs=arguments.epochs,
         callbacks=[FullBatch(log_as="loss", prog_bar=True), keep_best, monitor],
         logger=False,
         enable_checkpointing=False,
@@ -79,7 +78,7 @@ def main():
     trainer.fit(fit, FullBatchLoader(data, steps_per_epoch=100))
     torch.distributed.destroy_process_group()  # otherwise torch may abort on exit (torch issue 190489)
     if trainer.is_global_zero:
-        expected = train_in_plain_loop(data, arguments.steps)
+        expected = train_in_plain_loop(data, trainer.global_step)
         pairs = zip(fit.parameters(), expected.parameters(), strict=True)
         difference = max((p - q).abs().max().item() for p, q in pairs)
         print(f"{arguments.devices} ranks: best loss {keep_best.best_loss:.3e} at step {keep_best.best_step}")

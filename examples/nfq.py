@@ -75,10 +75,9 @@ def plot(net, means, file):
     """Plot the cost of each state with the way from the valley, and the steps to the goal over the iterations."""
     fig = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = fig.subplots(1, 2)
-    position, velocity = torch.meshgrid(torch.linspace(-1.2, 0.5, 100), torch.linspace(-0.07, 0.07, 100), indexing="xy")
-    costs, plane = q(net, torch.stack([position, velocity], dim=2)), (position.numpy(), velocity.numpy())
-    image = left.pcolormesh(*plane, (costs.amin(dim=2) * HOLD / COST).numpy(), cmap="viridis_r")
-    fig.colorbar(image, ax=left, label="steps to the goal by Q")
+    plane = torch.meshgrid(torch.linspace(-1.2, 0.5, 100), torch.linspace(-0.07, 0.07, 100), indexing="xy")
+    steps = q(net, torch.stack(plane, dim=2)).amin(dim=2) * HOLD / COST
+    fig.colorbar(left.pcolormesh(*plane, steps, cmap="viridis_r"), ax=left, label="steps to the goal by Q")
     way = drive(partial(choose, net), VALLEY[20:21])[0][0].numpy()
     left.plot(*way.T, "o-", color="tab:red", markersize=3, label="greedy policy from the valley")
     left.set(xlabel="position", ylabel="velocity", title="Learned cost")

@@ -65,10 +65,10 @@ def test_ddp_ends_with_weights_of_one_process(tmp_path):
     program = EXAMPLES / "ddp.py"
     losses = set()
     for devices in ("1", "2"):
-        output = run(tmp_path, program, "--devices", devices, "--steps", "100", "--output", f"{devices}.png")
+        output = run(tmp_path, program, "--devices", devices, "--epochs", "1", "--output", f"{devices}.png")
         losses.add(re.search(rf"^{devices} ranks: best loss (\S+) at step (\d+)$", output, re.MULTILINE).groups())
         assert "largest difference from the weights of one process: 0.0e+00" in output
         assert is_picture(tmp_path / f"{devices}.png")
     assert len(losses) == 1
     assert float(losses.pop()[0]) < 5e-3
-    assert "--devices and --steps must be >= 1, got 0 and 1000" in run(tmp_path, program, "--devices", "0", fails=True)
+    assert "--devices and --epochs must be >= 1, got 0 and 10" in run(tmp_path, program, "--devices", "0", fails=True)
