@@ -75,7 +75,7 @@ def train(setting: Setting, variant: str, starts: int, epochs: int) -> Tensor:
 
 def plot(results: dict[Setting, dict[str, Tensor]], path: str) -> None:
     """Plot the share of solved starts over the epochs, with a panel for each setting."""
-    fig = Figure(figsize=(15, 3.4), layout="constrained")
+    fig = Figure(figsize=(11, 2.8), layout="constrained")
     for (setting, row), axes in zip(results.items(), fig.subplots(1, len(results), sharey=True), strict=True):
         for variant, solved_at in row.items():
             axes.ecdf(solved_at.clamp(max=1e9), label=variant)
@@ -83,8 +83,8 @@ def plot(results: dict[Setting, dict[str, Tensor]], path: str) -> None:
         axes.set(xscale="log", xlim=(5, 2000), xlabel="epochs")
         axes.set_title(str(setting), fontsize=9)
     fig.axes[0].set_ylabel("share of starts solved")
-    fig.axes[0].legend()
-    fig.savefig(path, dpi=90)
+    fig.axes[2].legend(loc="upper left", fontsize="small")
+    fig.savefig(path, dpi=100)
 
 
 def main() -> None:
