@@ -9,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
 from programs import run
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "train.py"
+HYDRA_1_3 = hydra.__version__.startswith("1.3.")  # Hydra 1.4 checks the length of a list itself
 
 
 def train(folder, *overrides, **how):
@@ -142,7 +144,7 @@ def test_fewer_validations_are_allowed(override, tmp_path):
         ("optimizer.lr=-1", "ValueError: Invalid learning rate: -1.0. lr is the initial step size"),
         ("optimizer.etas=[1.2,0.5]", "ValueError: Invalid eta values: 1.2, 0.5. etas must be"),
         ("optimizer.step_sizes=[50,1e-6]", "ValueError: Invalid step sizes: 50.0, 1e-06. step_sizes must be"),
-        ("optimizer.etas=[0.5]", "ValueError: Invalid eta values: 0.5. etas must be"),
+        ("optimizer.etas=[0.5]", "Invalid eta values: 0.5. etas must be" if HYDRA_1_3 else "full_key: optimizer.etas"),
         ("optimizer.lr=abc", "Value 'abc' of type 'str' could not be converted to Float"),
     ],
 )

@@ -145,10 +145,11 @@ def test_traffic_benchmark_matches_predictions(tmp_path):
         ours, peer, sharded = (
             rows[net, program] for program in ("FullBatch", "accumulate_grad_batches", "FullBatch, FSDP2")
         )
-        assert ours["calls"] == {"allreduce": buckets, "allgather": 1, "broadcast": 1}
-        assert ours["bytes"] == {"allreduce": size, "allgather": 2 * 16, "broadcast": 8}
-        assert peer["calls"] == {"allreduce": buckets, "broadcast": 8}
-        assert peer["bytes"] == {"allreduce": size, "broadcast": 64}
+        # the defaults are for Lightning 2.5, which does not broadcast with each batch whether to stop
+        assert {"broadcast": 1} | ours["calls"] == {"allreduce": buckets, "allgather": 1, "broadcast": 1}
+        assert {"broadcast": 8} | ours["bytes"] == {"allreduce": size, "allgather": 2 * 16, "broadcast": 8}
+        assert {"broadcast": 8} | peer["calls"] == {"allreduce": buckets, "broadcast": 8}
+        assert {"broadcast": 64} | peer["bytes"] == {"allreduce": size, "broadcast": 64}
         # FSDP2 pads the last layer, which has one row, to one row per rank
         padded = size + 4 * (65 if net == "small" else 961)
         assert sharded["bytes"]["allgather_base"] == 8 * 2 * padded

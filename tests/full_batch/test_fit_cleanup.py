@@ -152,7 +152,8 @@ def test_failed_fit_ends_its_workers(tmp_path):
             return super().training_step(batch, batch_idx)
 
     for persistent in (True, False):
-        source = DataLoader(TensorDataset(*DATA), batch_size=10, num_workers=1, persistent_workers=persistent)
+        how = {"num_workers": 1, "persistent_workers": persistent, "multiprocessing_context": "fork"}
+        source = DataLoader(TensorDataset(*DATA), batch_size=10, **how)
         before = set(children())
         module = Failing()
         with pytest.raises(ArithmeticError, match="failed") as error:

@@ -32,7 +32,7 @@ def test_named_releases_are_those_supported():
 
 def test_no_other_file_uses_private_names():
     private = re.compile(r"\b(?:trainer|pl_module|strategy|fit_loop|epoch_loop|module|call)\._[a-z]|\b_results\b")
-    for path in (ROOT / "lightning_rprop").rglob("*.py"):
+    for path in Path(_lightning.__file__).parent.rglob("*.py"):
         if path.name not in ("_lightning.py", "_lightning_logs.py", "_torch.py"):
             assert not private.findall(path.read_text()), path
 

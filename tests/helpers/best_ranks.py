@@ -9,6 +9,7 @@ import forks
 import torch
 from best_walks import move
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lit import WEIGHTS_ONLY
 from on_cpu import DeepSpeedOnCPU
 from strategy_ranks import SAMPLES, Begin, Fit, loader, make, make_trainer, parameters, run, whole
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,7 +43,7 @@ def fit(name, world, ckpt_path=None, callbacks=()):
     trainer = make_trainer(strategy, STEPS, [keep, *callbacks], enable_checkpointing=bool(callbacks))
     data = whole_numbers(SAMPLES)
     validation = FullBatchLoader(data)
-    trainer.fit(module, loader(size), validation, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module, loader(size), validation, ckpt_path=ckpt_path, **WEIGHTS_ONLY)
     return {
         "found": (keep.best_loss, keep.best_step),
         "loss": whole(module.net(*data)).item() / SAMPLES,

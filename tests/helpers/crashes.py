@@ -14,6 +14,7 @@ import forks
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lit import WEIGHTS_ONLY
 from strategy_ranks import Begin, Fit, fully, loader, make_trainer, parameters
 
 from lightning_rprop import Converged, KeepBest, StepSizeMonitor
@@ -90,7 +91,7 @@ def run_rank(strategy, callbacks=()):
     monitor, converged = StepSizeMonitor(silence=["no_logger", "no_record"]), Converged(0.005, patience=5)
     callbacks = [monitor, checkpoints(sharded), begin, keep, end, converged, *callbacks]
     trainer = make_trainer(strategy, STEPS, callbacks, enable_checkpointing=True)
-    trainer.fit(module, loader(20), ckpt_path="last", weights_only=True)
+    trainer.fit(module, loader(20), ckpt_path="last", **WEIGHTS_ONLY)
     numbers = [keep.best_loss, keep.best_step, trainer.global_step, trainer.callback_metrics["step_size/retreats"]]
     best = parameters(trainer.strategy, module) | {"numbers": torch.tensor(numbers)}
     seen = {"params": end.params, "best": best, "from": begin.step}

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
+
+# Trainer.fit has this argument from Lightning 2.6 on.
+WEIGHTS_ONLY = {"weights_only": True} if "weights_only" in signature(pl.Trainer.fit).parameters else {}
 
 
 class Net(pl.LightningModule):
@@ -108,5 +113,5 @@ def fit_in_two_parts(tmp_path, whole, first, second, batches):
     fit.fit(modules[1], Batches(batches))
     fit.save_checkpoint(tmp_path / "half.ckpt")
     fit = trainer(tmp_path, max_epochs=8)
-    fit.fit(modules[2], Batches(batches), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    fit.fit(modules[2], Batches(batches), ckpt_path=tmp_path / "half.ckpt", **WEIGHTS_ONLY)
     return [list(module.parameters()) for module in modules]

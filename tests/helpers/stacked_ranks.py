@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lit import WEIGHTS_ONLY
 from strategy_ranks import OPTIONS, PATHS, SAMPLES, VARIANTS, Begin, loader, make_trainer, parameters, run, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -100,7 +101,7 @@ def fit(name, world, ckpt_path=None, data=None):
     saved = ModelCheckpoint(".", f"{name}-{world}", every_n_train_steps=SAVED_AT)
     callbacks = [keep, begin, *([saved] if ckpt_path is None else [])]
     fitter = make_trainer(strategy, STEPS, callbacks, enable_checkpointing=ckpt_path is None)
-    fitter.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    fitter.fit(module, data, ckpt_path=ckpt_path, **WEIGHTS_ONLY)
     return {
         "params": parameters(strategy, module),
         "best": (keep.best_loss, keep.best_step),

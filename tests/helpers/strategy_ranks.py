@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from lit import trainer
+from lit import WEIGHTS_ONLY, trainer
 from on_cpu import FSDPOnCPU
 from torch.distributed._composable.fsdp import fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -233,7 +233,7 @@ def resume(name, world):
     strategy, module, size = make(name, world)
     begin = Begin()
     fitter = make_trainer(strategy, callbacks=[begin])
-    fitter.fit(module, loader(size), ckpt_path=f"{saved_by}-{saved_on}.ckpt", weights_only=True)
+    fitter.fit(module, loader(size), ckpt_path=f"{saved_by}-{saved_on}.ckpt", **WEIGHTS_ONLY)
     return {"params": parameters(strategy, module), "from": begin.step}
 
 

@@ -10,10 +10,12 @@ from hydra import compose, initialize
 from packaging.version import Version
 from programs import run
 
+from lightning_rprop import _hydra
 from lightning_rprop._hydra import RunningJob, runs_in_script
 
 ROOT = Path(__file__).parents[2]
 OLDEST, NEWEST = "1.3.2", "1.4.0rc3"  # .ci/run runs this file with the oldest
+INSTALLED = Path(_hydra.__file__).parents[1]
 PACKAGES = ("hydra", "omegaconf")
 
 APP = """
@@ -78,9 +80,9 @@ def private_names(path):
 
 def test_no_other_file_uses_private_names():
     found = {
-        str(path.relative_to(ROOT)): private_names(path)
-        for folder in ("lightning_rprop", "hydra_plugins")
-        for path in (ROOT / folder).rglob("*.py")
+        str(path.relative_to(INSTALLED)): private_names(path)
+        for folder in ("lightning_rprop", "hydra_plugins/lightning_rprop")
+        for path in (INSTALLED / folder).rglob("*.py")
     }
     assert {path: names for path, names in found.items() if names} == {
         "lightning_rprop/_hydra.py": {"_internal", "_target_"}

@@ -16,7 +16,7 @@ from lightning_rprop import StepSizeMonitor
         ({"every_n_steps": 5.0}, "every_n_steps must be .*, got 5.0"),
         ({"every_n_steps": "5"}, "every_n_steps must be .*, got '5'"),
         ({"every_n_steps": True}, "every_n_steps must be .*, got True"),
-        ({"every_n_steps": np.True_}, "every_n_steps must be .*, got np.True_"),
+        ({"every_n_steps": np.True_}, f"every_n_steps must be .*, got {np.True_!r}"),
         ({"every_n_steps": float("inf")}, "every_n_steps must be .*, got inf"),
         (
             {"every_n_steps": 5, "logging_interval": "epoch"},

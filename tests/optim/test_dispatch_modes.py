@@ -10,7 +10,6 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import stateless
-from torch.optim._stateless import swap_in_optimizer_params_and_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_rprop import Rprop
@@ -130,6 +129,7 @@ def test_mem_tracker_sees_the_state(fused):
 @pytest.mark.parametrize("variant", ["irprop-", "irprop+", "rprop+"])
 @pytest.mark.parametrize("loss", [2.0, [2.0, torch.nan]], ids=["loss", "members"])
 def test_traced_step_gives_the_same_bits(loss, variant, path):
+    swap = pytest.importorskip("torch.optim._stateless", reason="torch 2.8 lacks it").swap_in_optimizer_params_and_state
     net = torch.nn.Linear(4, 2)
     optimizer = Rprop(net.parameters(), variant=variant, weight_decay=0.1, **path)
     x = torch.randn(5, 4)
@@ -137,7 +137,7 @@ def test_traced_step_gives_the_same_bits(loss, variant, path):
     optimizer.step(loss=torch.ones_like(torch.tensor(loss)))
 
     def step(params, state, loss):
-        with stateless._reparametrize_module(net, params), swap_in_optimizer_params_and_state(optimizer, params, state):
+        with stateless._reparametrize_module(net, params), swap(optimizer, params, state):
             grads = torch.autograd.grad(-net(x).square().sum(), list(net.parameters()))
             for p, grad in zip(net.parameters(), grads, strict=True):
                 p.grad = grad
