@@ -174,6 +174,7 @@ def test_derivatives_of_each_member():
     assert gradients.shape == EACH.shape
 
 
+@pytest.mark.xfail(torch.__version__.startswith("2.8."), reason="torch 2.8 cannot compile next() with a default")
 def test_compiled_and_parametrized_members():
     def make():
         net = network()
