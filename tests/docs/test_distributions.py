@@ -77,7 +77,7 @@ def test_metadata_has_what_pypi_shows(metadata):
     assert metadata.get_payload().startswith("# lightning_rprop\n")
     links = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
     assert links.keys() == {"Homepage", "Documentation", "Issues", "Changelog"}
-    assert f"link: {links['Homepage']}" in (ROOT / "mkdocs.yml").read_text()
+    assert f'"{links["Homepage"]}"' in (ROOT / "mkdocs.yml").read_text()
 
 
 @needs_git
