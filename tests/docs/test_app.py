@@ -12,6 +12,7 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
+from pictures import is_png
 from programs import run
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def test_default_job_trains_logs_and_plots(tmp_path):
     result = table(output)
     assert float(result["test accuracy"]) >= 0.95
     assert result["optimizer steps"] == "400"
-    assert Path(result["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert is_png(Path(result["picture"]))
     state = torch.load(result["checkpoint"], weights_only=True)["optimizer_states"][0]
     assert state["param_groups"][0]["etas"] == (0.5, 1.2)
     with (Path(result["logs"]) / "metrics.csv").open() as file:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+from pictures import is_png
 from programs import run
 
 from benchmarks.problems import PROBLEMS
@@ -116,7 +117,7 @@ def test_profile_benchmark_compares_every_solver(tmp_path):
     assert names == list(SOLVERS)
 
     assert run(ROOT, "-m", "benchmarks.profile", "--read", file, "--picture", picture) == output
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert is_png(picture)
     assert "--read: there is no file" in run(ROOT, "-m", "benchmarks.profile", "--read", tmp_path / "no", fails=True)
     assert "no problem foo; there are digits" in run(ROOT, "-m", "benchmarks.profile", "--only", "foo", fails=True)
 

@@ -3,13 +3,10 @@
 import re
 from pathlib import Path
 
+from pictures import is_png
 from programs import run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def is_picture(path):
-    return path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_deep_ritz_reaches_the_exact_energy(tmp_path):
@@ -26,7 +23,7 @@ def test_deep_ritz_reaches_the_exact_energy(tmp_path):
     assert 0 < energy / exact - 1 < 2e-5, output
     assert abs(error - (energy / exact - 1)) < 0.1 * error  # printed with two digits
     assert float(re.search(r"largest error of u (\S+)", output)[1]) < 1e-3
-    assert is_picture(tmp_path / "r.png")
+    assert is_png(tmp_path / "r.png")
     assert "--evaluations must be >= 1, got 0" in run(tmp_path, program, "--evaluations", "0", fails=True)
 
 
@@ -39,7 +36,7 @@ def test_nfq_drives_the_car_up_the_hill(tmp_path):
     best, solved = re.search(r"best policy: ([\d.]+) steps .*; ([\d.]+)% of random states", output).groups()
     assert float(best) == min(means) < 170, output
     assert float(solved) > 90, output
-    assert is_picture(tmp_path / "q.png")
+    assert is_png(tmp_path / "q.png")
     assert "--iterations must be >= 1, got 0" in run(tmp_path, program, "--iterations", "0", fails=True)
 
 
@@ -56,7 +53,7 @@ def test_parameter_groups_recover_constants(tmp_path):
         errors = [abs(found / true - 1) for found, true in zip(rates[name], rates["truth"], strict=True)]
         assert (max(errors) < 0.1) == is_close, output
     assert min(rates["one group"]) > 2e-6, output
-    assert is_picture(tmp_path / "g.png")
+    assert is_png(tmp_path / "g.png")
     assert "--evaluations must be >= 1, got 0" in run(tmp_path, program, "--evaluations", "0", fails=True)
 
 
@@ -68,7 +65,7 @@ def test_ddp_ends_with_weights_of_one_process(tmp_path):
         output = run(tmp_path, program, "--devices", devices, "--epochs", "1", "--output", f"{devices}.png")
         losses.add(re.search(rf"^{devices} ranks: best loss (\S+) at step (\d+)$", output, re.MULTILINE).groups())
         assert "largest difference from the weights of one process: 0.0e+00" in output
-        assert is_picture(tmp_path / f"{devices}.png")
+        assert is_png(tmp_path / f"{devices}.png")
     assert len(losses) == 1
     assert float(losses.pop()[0]) < 5e-3
     assert "--devices and --epochs must be >= 1, got 0 and 10" in run(tmp_path, program, "--devices", "0", fails=True)

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from lightning_rprop.optim._rule import AT_FLIP
 
 VARIANTS = tuple(AT_FLIP)
+TORCH_2_8 = torch.__version__.startswith("2.8.")  # docs/compatibility.md says what does not work with it
 
 # Arguments that torch.optim.Rprop accepts too, with equal trajectories.
 SHARED = {

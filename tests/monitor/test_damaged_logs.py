@@ -4,6 +4,7 @@ import os
 import re
 
 import pytest
+from pictures import is_png
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lightning_rprop.monitor.__main__ import main
@@ -34,7 +35,7 @@ def error_of(folder, capsys):
 
 def draws(folder):
     main([str(folder), "-o", str(folder / "a.png")])
-    return (folder / "a.png").read_bytes().startswith(b"\x89PNG")
+    return is_png(folder / "a.png")
 
 
 @pytest.mark.parametrize(

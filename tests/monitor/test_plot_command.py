@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from monitor_plots import KEY, make_series, write
+from pictures import is_png
 
 from lightning_rprop.monitor.__main__ import main
 from lightning_rprop.monitor.plot import plot_series, save
@@ -69,7 +70,7 @@ def test_command_draws_run_and_prints_path(tmp_path):
     write(CSVLogger, tmp_path / "run", (4, {KEY: 0.5}), (9, {KEY: 0.25}))
     done = command("run", folder=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "step_sizes.png\n", "")
-    assert (tmp_path / "step_sizes.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(tmp_path / "step_sizes.png")
 
 
 def test_command_reports_error_in_one_line(tmp_path):

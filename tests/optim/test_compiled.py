@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 import torch
-from cases import VARIANTS, assert_same, set_gradients, train
+from cases import TORCH_2_8, VARIANTS, assert_same, set_gradients, train
 
 from lightning_rprop import Rprop
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
-    pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 cannot compile named tuple slices"),
+    pytest.mark.skipif(TORCH_2_8, reason="torch 2.8 cannot compile named tuple slices"),
 ]
 
 BACKENDS = [

@@ -7,7 +7,7 @@ import members_ranks
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cases import VARIANTS, through_file
+from cases import TORCH_2_8, VARIANTS, through_file
 from lit import all_equal
 from programs import HELPERS, run
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -100,7 +100,7 @@ def test_older_state_with_a_tensor_loads():
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
-@pytest.mark.xfail(torch.__version__.startswith("2.8."), reason="DTensors lack an operator for differentiable=True")
+@pytest.mark.xfail(TORCH_2_8, reason="DTensors lack an operator for differentiable=True")
 def test_spread_members_match_one_process(tmp_path):
     """On two and three ranks; their checkpoints resume there, in fresh processes with FSDP2, and in one process."""
     run(tmp_path, HELPERS / "members_ranks.py")

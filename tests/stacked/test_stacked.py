@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from cases import TORCH_2_8
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -174,7 +175,7 @@ def test_derivatives_of_each_member():
     assert gradients.shape == EACH.shape
 
 
-@pytest.mark.xfail(torch.__version__.startswith("2.8."), reason="torch 2.8 cannot compile next() with a default")
+@pytest.mark.xfail(TORCH_2_8, reason="torch 2.8 cannot compile next() with a default")
 def test_compiled_and_parametrized_members():
     def make():
         net = network()

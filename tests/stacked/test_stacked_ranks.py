@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import TORCH_2_8
 from programs import HELPERS, run
 from stacked_ranks import (
     BAD_AT,
@@ -72,7 +73,7 @@ def test_strategies_give_the_members_of_separate_runs(tmp_path):
         check(torch.load(tmp_path / f"few-3-{rank}.pt")["fsdp2"], of_few)
 
 
-@pytest.mark.xfail(torch.__version__.startswith("2.8."), reason="gloo loses a connection on three ranks")
+@pytest.mark.xfail(TORCH_2_8, reason="gloo loses a connection on three ranks")
 def test_members_on_several_ranks_without_a_trainer(tmp_path):
     run(tmp_path, HELPERS / "stacked_ranks.py", "plain")
     x, _ = whole_numbers(SAMPLES)
