@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_rprop.optim._rule import Rule, Update, update
 
-# Each tensor has a row for each member. The rows of the first are longer than a block of Triton's kernel.
+# Each tensor has a row for each member. The rows of the first are longer than one Triton block.
 _MEMBERS = 2
 _COLUMNS = [2053, 0, 9, 1]
 _NUMEL = _MEMBERS * sum(_COLUMNS)

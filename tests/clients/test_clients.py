@@ -1,4 +1,4 @@
-"""The snippets of docs/clients.md train inside other packages, as torch.optim.Rprop does."""
+"""The snippets of docs/clients.md print the losses that torch.optim.Rprop gives in the same package."""
 
 import re
 
